@@ -1,0 +1,51 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.rsmtdf-stamp
+TYPING := build/typing/rsmtdf_cli
+CODE := rsmtdf_cache rsmtdf_train cli tests docs
+PYTEST_FLAGS ?= -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fmt bench bench-sample docs
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install rsmtdf with what demo and tests need (PYTHON=python3.12 to choose)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "rsmtdf needs Python >= 3.11; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Run: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[sample,dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP) ## real tiles, real teachers, three trained arms, table and pictures in demo/ (minutes, offline)
+	$(BIN)/rsmtdf bench sample --seeds 1 --out demo
+
+test: $(STAMP) ## run the test suite
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: $(STAMP) $(TYPING) ## lint, format, types, then the tests
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy -p rsmtdf_cache -p rsmtdf_train -p rsmtdf_cli -p tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# mypy does not follow the import finder of an editable install, so it reads cli/ under its installed name here.
+$(TYPING):
+	@mkdir -p $(@D) && ln -sfn ../../cli $@
+
+fmt: $(STAMP) ## format the code and sort imports
+	$(BIN)/ruff check --fix --quiet $(CODE) || true
+	$(BIN)/ruff format $(CODE)
+
+bench: $(STAMP) ## how fast a store is read and built on this machine (JSON in bench/)
+	$(BIN)/rsmtdf bench store --out bench/store
+
+bench-sample: $(STAMP) ## the README's table: three arms, five paired seeds (about half an hour on two cores)
+	$(BIN)/rsmtdf bench sample --seeds 5 --out bench/sample
+
+docs: $(STAMP) ## write docs/cli.md from the commands and check the links of all pages
+	$(BIN)/python docs/build.py

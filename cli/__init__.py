@@ -1,0 +1,1 @@
+"""rsmtdf_cli: the command line. The only package that prints."""

@@ -1,0 +1,114 @@
+"""Three ways to show events: bars on a terminal, lines in a log, warnings only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from rsmtdf_cache.events import Event, EventSink, Progress, ProgressEnd, ProgressStart, Warned
+from rsmtdf_cli.console import message
+
+__all__ = ["bars", "lines", "warnings_only"]
+
+
+class _RateColumn(ProgressColumn):
+    """``12.3 tiles/s  4.5 MB/s`` of this run; what was there before does not count."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.elapsed or 0.0
+        done = task.completed - task.fields["before"]
+        return Text(_rates(done, task.fields["nbytes"], seconds, task.fields["unit"]), style="cyan")
+
+
+def _rates(done: float, nbytes: int, seconds: float, unit: str) -> str:
+    if seconds <= 0 or done <= 0:
+        return ""
+    text = f"{done / seconds:.1f} {unit}/s"
+    return f"{text}  {nbytes / seconds / 1e6:.1f} MB/s" if nbytes else text
+
+
+def warnings_only(event: Event) -> None:
+    """Show warnings, drop the rest."""
+    if isinstance(event, Warned):
+        message(event.text, kind="warning")
+
+
+@contextmanager
+def bars(console: Console) -> Iterator[EventSink]:
+    """Yield a sink that draws one bar per task on ``console``: count, rates, time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        _RateColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    )
+    ids: dict[str, TaskID] = {}
+    nbytes: dict[str, int] = {}
+    with Bars(*columns, console=console) as shown:
+
+        def sink(event: Event) -> None:
+            if isinstance(event, ProgressStart):
+                nbytes[event.task] = 0
+                ids[event.task] = shown.add_task(
+                    escape(event.label),
+                    total=event.total,
+                    completed=event.done,
+                    before=event.done,
+                    unit=event.unit,
+                    nbytes=0,
+                )
+            elif isinstance(event, Progress) and event.task in ids:
+                nbytes[event.task] += event.nbytes
+                shown.update(ids[event.task], advance=event.advance, nbytes=nbytes[event.task])
+            elif isinstance(event, ProgressEnd) and event.task in ids:
+                shown.stop_task(ids[event.task])
+            elif isinstance(event, Warned):
+                shown.console.print(f"[bold yellow]warning:[/] {escape(event.text)}", soft_wrap=True)
+
+        yield sink
+
+
+@dataclass
+class _Counted:
+    start: ProgressStart
+    done: int = 0
+    nbytes: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
+def lines() -> EventSink:
+    """Return a sink that writes one line to stderr when a task starts and one when it ends."""
+    tasks: dict[str, _Counted] = {}
+
+    def sink(event: Event) -> None:
+        if isinstance(event, ProgressStart):
+            tasks[event.task] = _Counted(event)
+            there = f", {event.done} there already" if event.done else ""
+            message(f"{event.label}: {event.total} {event.unit}{there}", kind="start")
+        elif isinstance(event, Progress) and event.task in tasks:
+            tasks[event.task].done += event.advance
+            tasks[event.task].nbytes += event.nbytes
+        elif isinstance(event, ProgressEnd) and event.task in tasks:
+            task = tasks.pop(event.task)
+            seconds = time.monotonic() - task.since
+            rates = _rates(task.done, task.nbytes, seconds, task.start.unit)
+            total = task.start.done + task.done
+            message(
+                f"{task.start.label}: {total} of {task.start.total} {task.start.unit} in {seconds:.1f} s"
+                + (f" ({rates})" if rates else ""),
+                kind="done",
+            )
+        else:
+            warnings_only(event)
+
+    return sink

@@ -1,0 +1,137 @@
+"""What ``train`` and ``eval`` show: a live table of losses, a table of scores."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rsmtdf_cli.console import console, message, progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rsmtdf_cache.events import Event
+    from rsmtdf_train.logs import StepLogged
+
+__all__ = ["show_metrics", "training_progress"]
+
+#: Smoothing of the numbers that are shown; the log holds them as they are.
+_MEMORY = 0.9
+
+_SHOWN = ("loss", "loss_labeled", "loss_unlabeled", "loss_distill", "mask_ratio", "lr")
+
+
+@contextmanager
+def training_progress(quiet: bool) -> Iterator[Callable[[Event | StepLogged], None]]:
+    """Yield a sink for ``loop.train``: a live table on a terminal, ten lines elsewhere, nothing when quiet."""
+    from rsmtdf_train.logs import StepLogged
+
+    view = _LiveLosses(quiet)
+    with progress(quiet) as others:
+
+        def sink(event: Event | StepLogged) -> None:
+            if isinstance(event, StepLogged):
+                view.step(event)
+            else:
+                view.stop()  # evaluation begins, with a bar of its own
+                others(event)
+
+        try:
+            yield sink
+        finally:
+            view.stop()
+
+
+class _LiveLosses:
+    """Smoothed losses and the time left."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.terminal = console(stderr=True).is_terminal
+        self.live: Any = None
+        self.smooth: dict[str, float] = {}
+        self.first: tuple[float, int] | None = None
+
+    def step(self, event: StepLogged) -> None:
+        """Show ``event``."""
+        if self.quiet:
+            return
+        for name, value in event.values.items():
+            before = self.smooth.get(name, math.nan)
+            known = math.isfinite(before) and math.isfinite(value)
+            self.smooth[name] = _MEMORY * before + (1 - _MEMORY) * value if known else value
+        self.smooth["lr"] = event.values["lr"]
+        if self.first is None:
+            self.first = (time.monotonic() - event.values["seconds"], event.step)
+        if self.terminal:
+            if self.live is None:
+                from rich.live import Live
+
+                self.live = Live(console=console(stderr=True), refresh_per_second=4)
+                self.live.start()
+            self.live.update(self._table(event))
+        elif (event.step + 1) % max(1, event.steps // 10) == 0 or event.step + 1 == event.steps:
+            numbers = "  ".join(f"{k} {self.smooth[k]:.4g}" for k in _SHOWN if k in self.smooth)
+            message(f"step {event.step + 1}/{event.steps}  {numbers}  {self._left(event)}", kind="train")
+
+    def stop(self) -> None:
+        """Leave the last table on the screen."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _left(self, event: StepLogged) -> str:
+        if self.first is None:
+            return ""
+        since, first = self.first
+        pace = (time.monotonic() - since) / (event.step + 1 - first)
+        seconds = round(pace * (event.steps - event.step - 1))
+        return f"{pace:.3f} s/step, {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+    def _table(self, event: StepLogged) -> Table:
+        from rich.table import Table
+
+        table = Table(title=f"step {event.step + 1} of {event.steps}   {self._left(event)}", title_justify="left")
+        table.add_column("term")
+        table.add_column("now", justify="right")
+        table.add_column("smoothed", justify="right")
+        for name, value in event.values.items():
+            if name != "seconds":
+                table.add_row(name, f"{value:.4g}", f"{self.smooth[name]:.4g}")
+        return table
+
+
+def show_metrics(metrics: dict[str, Any], without: Sequence[str] = ()) -> None:
+    """Print the scores of ``metrics.json`` data as a table on stdout: one row per class, one group per checkpoint."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    kinds = list(metrics["scores"])
+    table = Table(title=f"{escape(metrics['name'])}: {metrics['split']} tiles, percent", title_justify="left")
+    table.add_column("class", no_wrap=True)
+    for kind in kinds:
+        for name in ("IoU", "F1", "accuracy"):
+            table.add_column(f"{kind} {name}", justify="right")
+    table.add_column("pixels", justify="right")
+    first = metrics["scores"][kinds[0]]["classes"]
+    for i, entry in enumerate(first):
+        cells = []
+        for kind in kinds:
+            row = metrics["scores"][kind]["classes"][i]
+            cells += [_percent(row[k]) for k in ("iou", "f1", "accuracy")]
+        table.add_row(escape(entry["name"]), *cells, f"{entry['pixels']:,}", end_section=i == len(first) - 1)
+    means = [_percent(metrics["scores"][k][m]) for k in kinds for m in ("miou", "mf1", "macc")]
+    table.add_row("mean", *means, f"{sum(e['pixels'] for e in first):,}", style="bold")
+    overall = [c for k in kinds for c in ("", "", _percent(metrics["scores"][k]["pixel_accuracy"]))]
+    table.add_row("all pixels", *overall, "")
+    console().print(table)
+    for kind in kinds if without else ():
+        value = _percent(metrics["scores"][kind]["miou_without"])
+        console().print(f"mean IoU without {', '.join(without)}: {kind} {value}", markup=False, soft_wrap=True)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"

@@ -1,0 +1,190 @@
+"""``build_store``: tiles → views → teachers → codec → shards → commit, as one readable loop. Events out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rsmtdf_cache.encode import TileReader, encode_unit
+from rsmtdf_cache.errors import DataError, Interrupted
+from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
+from rsmtdf_cache.files import build_lock, disk_errors, replace_file
+from rsmtdf_cache.index import Quarantined, index_tiles, new_records
+from rsmtdf_cache.layout import StorePaths
+from rsmtdf_cache.ledger import Ledger
+from rsmtdf_cache.manifest import Manifest, create_manifest
+from rsmtdf_cache.plan import (
+    TeacherJob,
+    TeacherLoader,
+    check_space,
+    decide_group_rows,
+    decide_profile,
+    plan_teacher,
+    planned_array,
+    refuse_other_content,
+    rows_of_group,
+    settle_profile,
+)
+from rsmtdf_cache.request import BuildRequest
+from rsmtdf_cache.sources import TileSource, open_source
+from rsmtdf_cache.specs import canonical_json
+from rsmtdf_cache.store import FeatureStore
+from rsmtdf_cache.tiles import TileRecord
+from rsmtdf_cache.writer import clear_drafts
+from rsmtdf_cache.zarr_metadata import write_derived
+
+__all__ = ["BuildReport", "build_store"]
+
+
+@dataclass
+class BuildReport:
+    """What a build did, or would do."""
+
+    store: Path
+    dry_run: bool
+    tiles: int
+    quarantined: list[Quarantined]
+    arrays: list[dict[str, Any]]
+    units: int = 0
+    units_before: int = 0
+    seconds: float = 0.0
+    nbytes_written: int = 0
+    snapshot: str = ""
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "store": str(self.store), "dry_run": self.dry_run, "tiles": self.tiles, "units": self.units,
+            "units_before": self.units_before, "seconds": round(self.seconds, 3), "nbytes_written": self.nbytes_written,
+            "snapshot": self.snapshot, "tiles_per_second": {k: round(v, 2) for k, v in self.rates.items()},
+            "quarantined": [{"id": q.id, "reason": q.reason} for q in self.quarantined], "arrays": self.arrays,
+        }  # fmt: skip
+
+
+def build_store(
+    request: BuildRequest,
+    on_event: EventSink = ignore_events,
+    dry_run: bool = False,
+    load_teacher: TeacherLoader | None = None,
+) -> BuildReport:
+    """Build, continue or extend the store ``request.out`` and return what was done.
+
+    ``load_teacher``: how a name becomes a teacher (default: ``rsmtdf_cache.teachers.load``), for teachers of your own.
+    Raises ``DataError`` (dataset), ``MismatchError`` (the store holds something else), ``ResourceError`` (disk,
+    weights), ``UsageError`` (request), ``Interrupted`` (Ctrl-C, SIGTERM): committed units stay in every case.
+    """
+    started = time.perf_counter()
+    source = open_source(request.data)
+    source.check(request.splits)
+    records, quarantined = index_tiles(source, source.tiles(request.splits), on_event)
+    _judge(records, quarantined, request, on_event)
+    paths = StorePaths(request.out)
+    ledger = Ledger.load(paths) if paths.manifest.is_file() else None
+    jobs = [plan_teacher(asked, request, source.tile_px, ledger, load_teacher) for asked in request.teachers]
+    specs = [s for job in jobs for s in job.specs]
+    report = BuildReport(request.out, dry_run, len(records), quarantined, [])
+    refuse_other_content(paths, specs, source, request)
+    if dry_run:
+        rows = decide_group_rows(request, paths, specs)
+        report.arrays = [planned_array(s, len(records), rows) for s in specs]
+        return report
+    with disk_errors(request.out):
+        request.out.mkdir(parents=True, exist_ok=True)
+        manifest = create_manifest(paths, _manifest(source, decide_group_rows(request, paths, specs)))
+        on_wait = lambda: on_event(Warned(f"another build holds {request.out}; waiting for it to end"))  # noqa: E731
+        with build_lock(paths.lock, on_wait):
+            clear_drafts(paths)
+            try:
+                _run(request, source, records, jobs, paths, manifest, report, on_event)
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"stopped; {report.units_before + report.units} shard groups of {request.out} are safe, "
+                    "the same command continues"
+                ) from None
+            finally:
+                clear_drafts(paths)
+    report.seconds = time.perf_counter() - started
+    store = FeatureStore.open(request.out, verify_reads="never")
+    report.snapshot = store.snapshot
+    asked = {str(s.key) for s in specs}
+    report.arrays = [a for a in store.describe()["arrays"] if a["key"] in asked]
+    return report
+
+
+def _run(
+    request: BuildRequest, source: TileSource, records: list[TileRecord], jobs: list[TeacherJob], paths: StorePaths,
+    manifest: Manifest, report: BuildReport, on_event: EventSink,
+) -> None:  # fmt: skip
+    ledger = Ledger.load(paths)
+    refuse_other_content(paths, [s for job in jobs for s in job.specs], source, request)
+    fresh = new_records(ledger.table, records, request.out)
+    if fresh:
+        first_row = -(-len(ledger.table) // manifest.group_rows) * manifest.group_rows
+        ledger.add_tiles(first_row, fresh)
+    if report.quarantined:
+        body = [{"id": q.id, "reason": q.reason} for q in report.quarantined]
+        replace_file(paths.quarantine, canonical_json(body).encode())
+    groups = sorted({ledger.table.row_of(r.id) // manifest.group_rows for r in records})
+    reader = TileReader(source, ledger.table)
+    for job in jobs:
+        for arrays in job.sets:
+            if arrays.id not in ledger.sets:
+                ledger.add_set(arrays, decide_profile(request, job.teacher))
+    write_derived(paths, manifest, ledger)
+    check_space(request.out, ledger, jobs, groups, manifest.group_rows)
+    for job in jobs:
+        _run_teacher(request, job, groups, ledger, manifest, reader, report, on_event)
+    write_derived(paths, manifest, ledger)
+
+
+def _run_teacher(
+    request: BuildRequest, job: TeacherJob, groups: list[int], ledger: Ledger, manifest: Manifest, reader: TileReader,
+    report: BuildReport, on_event: EventSink,
+) -> None:  # fmt: skip
+    name = job.teacher.spec.name
+    sizes = {g: len(rows_of_group(ledger.table, g, manifest.group_rows)) for g in groups}
+    pending = [(g, a) for g in groups for a in job.sets if g not in ledger.commits[a.id]]
+    total = sum(sizes.values()) * len(job.sets)
+    left = sum(sizes[g] for g, _ in pending)
+    report.units_before += len(groups) * len(job.sets) - len(pending)
+    on_event(ProgressStart(name, name, total, total - left))
+    started, threads = time.perf_counter(), torch.get_num_threads()
+    try:
+        for group, arrays in pending:
+            profile = settle_profile(request, job.teacher, ledger.sets[arrays.id].profile)
+            torch.set_num_threads(profile.threads)
+            rows = rows_of_group(ledger.table, group, manifest.group_rows)
+            for nbytes in encode_unit(job.teacher, arrays, group, rows, profile, ledger, manifest.group_rows, reader):
+                on_event(Progress(name, 1, nbytes))
+                report.nbytes_written += nbytes
+            report.units += 1
+    finally:
+        torch.set_num_threads(threads)
+    on_event(ProgressEnd(name))
+    if left:
+        report.rates[name] = left / (time.perf_counter() - started)
+
+
+def _manifest(source: TileSource, group_rows: int) -> Manifest:
+    from importlib.metadata import version
+
+    return Manifest(
+        tile_px=source.tile_px, group_rows=group_rows, dataset=source.name, attribution=source.attribution,
+        created_by=f"rsmtdf {version('rsmtdf')}",
+    )  # fmt: skip
+
+
+def _judge(
+    records: list[TileRecord], quarantined: list[Quarantined], request: BuildRequest, on_event: EventSink
+) -> None:
+    listing = "; ".join(f"{q.id}: {q.reason}" for q in quarantined[:5]) + (" …" if len(quarantined) > 5 else "")
+    if quarantined and request.strict:
+        raise DataError(f"--strict: {len(quarantined)} tiles cannot be used: {listing}")
+    if not records:
+        raise DataError(f"{request.data}: none of {len(quarantined)} tiles can be used: {listing}")
+    if quarantined:
+        on_event(Warned(f"{len(quarantined)} tiles cannot be used and are left out: {listing}"))

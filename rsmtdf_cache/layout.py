@@ -1,0 +1,100 @@
+"""Where things lie in a store, and how large they will be, before a byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsmtdf_cache.codecs import load_codec
+from rsmtdf_cache.shard import ShardLayout
+from rsmtdf_cache.specs import FeatureKey, FeatureSpec, digest_of
+
+__all__ = ["ArraySet", "StorePaths", "choose_group_rows", "set_id", "shard_layout"]
+
+#: A shard of the largest array comes close to this; decision 4 asks for 64 to 256 MB.
+SHARD_GOAL_NBYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class StorePaths:
+    """The places of a store. Nothing outside this class spells a path."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def zarr(self) -> Path:
+        return self.root / "zarr"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger"
+
+    @property
+    def tmp(self) -> Path:
+        return self.root / "tmp"
+
+    @property
+    def lock(self) -> Path:
+        return self.ledger / "build.lock"
+
+    @property
+    def derived(self) -> Path:
+        return self.ledger / "derived.json"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.ledger / "quarantine.json"
+
+    def tile_segment(self, first_row: int) -> Path:
+        return self.ledger / "tiles" / f"{first_row:010d}.json"
+
+    def array_set(self, set_id: str) -> Path:
+        return self.ledger / "sets" / f"{set_id}.json"
+
+    def commit(self, set_id: str, group: int) -> Path:
+        return self.ledger / "commits" / set_id / f"{group:08d}.json"
+
+    def shard(self, key: FeatureKey, group: int) -> Path:
+        return self.zarr / key.teacher / key.view / key.layer / "features" / "c" / str(group) / "0" / "0" / "0"
+
+    def relative(self, path: Path) -> str:
+        """Return ``path`` as it stands in records: relative to the store, with forward slashes."""
+        return path.relative_to(self.root).as_posix()
+
+
+@dataclass(frozen=True)
+class ArraySet:
+    """The arrays that one unit of work fills: layers of one teacher and one view, asked for together."""
+
+    specs: tuple[FeatureSpec, ...]
+
+    @property
+    def id(self) -> str:
+        return set_id(self.specs)
+
+    @property
+    def label(self) -> str:
+        return f"{self.specs[0].teacher.name}/{self.specs[0].view.name}"
+
+
+def set_id(specs: Sequence[FeatureSpec]) -> str:
+    """Return the name of an array set: the first 16 hex digits of the digest of its arrays' digests."""
+    return digest_of(sorted(s.digest() for s in specs))[:16]
+
+
+def shard_layout(spec: FeatureSpec, group_rows: int) -> ShardLayout:
+    """Return the layout of one shard of the array."""
+    codec = load_codec(spec.encoding)
+    height, width = spec.grid
+    return ShardLayout(group_rows, height, width, spec.layer.channels, codec.dtype, codec.fill)
+
+
+def choose_group_rows(specs: Sequence[FeatureSpec]) -> int:
+    """Return rows per group such that a shard of the largest array is close to 128 MB (at least one row)."""
+    largest = max(shard_layout(s, 1).row_nbytes for s in specs)
+    return max(1, SHARD_GOAL_NBYTES // largest)

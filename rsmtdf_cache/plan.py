@@ -1,0 +1,181 @@
+"""What a build will do: which arrays in which sets, how large, in which numerics; and what it refuses to do."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from rsmtdf_cache.errors import MismatchError, ResourceError
+from rsmtdf_cache.layout import ArraySet, StorePaths, choose_group_rows, shard_layout
+from rsmtdf_cache.ledger import Ledger
+from rsmtdf_cache.manifest import load_manifest
+from rsmtdf_cache.request import BuildRequest, TeacherAsked
+from rsmtdf_cache.sources import TileSource
+from rsmtdf_cache.specs import FeatureSpec, NumericsProfile, differing_fields
+from rsmtdf_cache.teachers.base import Teacher, TeacherRequest
+from rsmtdf_cache.tiles import TileTable
+from rsmtdf_cache.views import view_specs
+
+__all__ = [
+    "TeacherJob",
+    "TeacherLoader",
+    "check_space",
+    "decide_group_rows",
+    "decide_profile",
+    "plan_teacher",
+    "planned_array",
+    "refuse_other_content",
+    "rows_of_group",
+    "settle_profile",
+]
+
+
+class TeacherLoader(Protocol):
+    """Returns a frozen teacher on ``device``."""
+
+    def __call__(self, request: TeacherRequest, device: str = "cpu") -> Teacher: ...
+
+
+@dataclass
+class TeacherJob:
+    """One teacher's part of a build: the arrays asked for, and the sets whose units hold them."""
+
+    teacher: Teacher
+    specs: list[FeatureSpec]
+    sets: list[ArraySet]
+
+
+def plan_teacher(
+    asked: TeacherAsked, request: BuildRequest, tile_px: int, ledger: Ledger | None, load: TeacherLoader | None
+) -> TeacherJob:
+    """Load a teacher and decide its array sets. An array that the store has keeps its set; new ones form one a view."""
+    if load is None:
+        from rsmtdf_cache.teachers import load as load_by_name
+
+        load = load_by_name
+    weights: str | Path | None = "none" if asked.pretrained == "none" else asked.weights
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = load(TeacherRequest(asked.name, weights, asked.seed, asked.layers), device=device)
+    layers = asked.layers or teacher.default_layers
+    known = ledger.specs() if ledger else {}
+    job = TeacherJob(teacher, [], [])
+    views = view_specs(
+        teacher.spec, tile_px, asked.scales or request.scales, asked.orientations or request.orientations
+    )
+    for view in views:
+        specs = [
+            FeatureSpec(
+                teacher=teacher.spec, layer=layer, view=view, encoding=request.encoding, tile_px=tile_px,
+                grid=teacher.grid(layer.name, view.size_px),
+            )
+            for layer in teacher.layer_specs(layers, view.size_px)
+        ]  # fmt: skip
+        job.specs += specs
+        if ledger:
+            ids = dict.fromkeys(ledger.set_of(s.key) for s in specs if s.key in known)
+            job.sets += [ledger.sets[name].arrays for name in ids]
+        new = tuple(s for s in specs if s.key not in known)
+        if new:
+            job.sets.append(ArraySet(new))
+    return job
+
+
+def refuse_other_content(
+    paths: StorePaths, specs: list[FeatureSpec], source: TileSource, request: BuildRequest
+) -> None:
+    """Raise ``MismatchError`` when the store cannot take ``specs``: same key, another digest; another tile side."""
+    if not paths.manifest.is_file():
+        return
+    manifest = load_manifest(paths)
+    if manifest.tile_px != source.tile_px:
+        raise MismatchError(
+            f"{paths.root} holds tiles of {manifest.tile_px} px, {request.data} has {source.tile_px} px"
+        )
+    if request.group_rows not in (None, manifest.group_rows):
+        raise MismatchError(
+            f"{paths.root} has row groups of {manifest.group_rows}, asked for {request.group_rows}; "
+            "leave --group-rows out, or build into a new folder"
+        )
+    known = Ledger.load(paths).specs()
+    for spec in specs:
+        old = known.get(spec.key)
+        if old is not None and old.digest() != spec.digest():
+            fields = "\n  ".join(differing_fields(old.to_json(), spec.to_json()))
+            raise MismatchError(
+                f"{paths.root} holds another {spec.key}:\n  {fields}\nbuild into a new folder, or ask for what it has"
+            )
+
+
+def decide_group_rows(request: BuildRequest, paths: StorePaths, specs: list[FeatureSpec]) -> int:
+    """Return the rows per group: the store's own, else what was asked for, else a size that suits the arrays."""
+    if paths.manifest.is_file():
+        return load_manifest(paths).group_rows
+    return request.group_rows or choose_group_rows(specs)
+
+
+def planned_array(spec: FeatureSpec, tiles: int, group_rows: int) -> dict[str, Any]:
+    """Return what ``cache info`` would say of the array once ``tiles`` tiles are in it; sizes are exact."""
+    layout = shard_layout(spec, group_rows)
+    full, rest = divmod(tiles, group_rows)
+    return {
+        "key": str(spec.key), "digest": spec.digest(), "grid": list(spec.grid), "channels": spec.layer.channels,
+        "stride_tile_px": spec.stride_tile_px, "codec": spec.encoding.codec, "tiles": tiles,
+        "shards": full + bool(rest), "nbytes": full * layout.nbytes(group_rows) + (layout.nbytes(rest) if rest else 0),
+    }  # fmt: skip
+
+
+def check_space(out: Path, ledger: Ledger, jobs: list[TeacherJob], groups: list[int], group_rows: int) -> None:
+    """Raise ``ResourceError`` when the disk has less room than the pending units need."""
+    need = 0
+    for job in jobs:
+        for arrays in job.sets:
+            for group in groups:
+                if group not in ledger.commits[arrays.id]:
+                    rows = len(rows_of_group(ledger.table, group, group_rows))
+                    need += sum(shard_layout(s, group_rows).nbytes(rows) for s in arrays.specs)
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise ResourceError(
+            f"{out}: the build needs {need / 1e9:.2f} GB more, the disk has {free / 1e9:.2f} GB free; "
+            "free some space, or ask for fewer layers, scales or orientations"
+        )
+
+
+def rows_of_group(table: TileTable, group: int, group_rows: int) -> list[int]:
+    """Return the rows of a group that have a tile."""
+    stop = min(len(table), (group + 1) * group_rows)
+    return [r for r in range(group * group_rows, stop) if table.records[r] is not None]
+
+
+def decide_profile(request: BuildRequest, teacher: Teacher) -> NumericsProfile:
+    """Return the numerics of a new array set on this machine."""
+    cuda = teacher.device.type == "cuda"
+    return NumericsProfile(
+        device=torch.cuda.get_device_name(teacher.device) if cuda else teacher.device.type,
+        precision=request.precision or ("bfloat16" if cuda else "float32"),
+        torch=torch.__version__,
+        threads=request.threads or torch.get_num_threads(),
+        micro_batch=request.micro_batch or (32 if cuda else 8),
+    )
+
+
+def settle_profile(request: BuildRequest, teacher: Teacher, recorded: NumericsProfile) -> NumericsProfile:
+    """Return the profile to encode in: the recorded one, where this machine can give it."""
+    here = decide_profile(request, teacher)
+    wanted = recorded.model_copy(update={
+        "device": here.device, "torch": here.torch,
+        "precision": request.precision or recorded.precision,
+        "threads": request.threads or recorded.threads,
+        "micro_batch": request.micro_batch or recorded.micro_batch,
+    })  # fmt: skip
+    if wanted != recorded and not request.allow_mixed:
+        fields = "\n  ".join(differing_fields(recorded.to_json(), wanted.to_json()))
+        raise MismatchError(
+            f"{request.out}: this machine encodes with other numerics than the store's:\n  {fields}\n"
+            "its bits would differ; continue where the store was begun, or accept it with --allow-mixed"
+        )
+    return wanted

@@ -1,0 +1,126 @@
+"""What a user asks a build for, as one validated value. A YAML file (``--config``) has the same keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rsmtdf_cache.errors import UsageError, did_you_mean
+from rsmtdf_cache.specs import EncodingSpec
+
+__all__ = ["BuildRequest", "TeacherAsked", "load_config", "parse_teacher"]
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherAsked(_Asked):
+    """One teacher of a build; what is None falls back to the build's own value or the teacher's default."""
+
+    name: str
+    weights: Path | None = Field(default=None, description="weights file, for machines without a hub")
+    pretrained: Literal["none"] | None = Field(default=None, description="none = seeded random weights")
+    seed: int = 0
+    layers: tuple[str, ...] | None = None
+    scales: tuple[float, ...] | None = None
+    orientations: int | None = None
+
+    @model_validator(mode="after")
+    def _one_kind_of_weights(self) -> Self:
+        if self.weights is not None and self.pretrained is not None:
+            raise ValueError("give weights or pretrained=none, not both")
+        return self
+
+
+class BuildRequest(_Asked):
+    """``cache build`` as a value. ``None`` means: decided at build time (device, precision, batch, group size)."""
+
+    data: Path
+    out: Path
+    teachers: tuple[TeacherAsked, ...] = Field(min_length=1)
+    splits: tuple[str, ...] = Field(default=("train",), min_length=1)
+    scales: tuple[float, ...] = Field(default=(1.0, 0.5), min_length=1)
+    orientations: int = 1
+    encoding: EncodingSpec = EncodingSpec()
+    group_rows: int | None = Field(default=None, gt=0, le=2**24)
+    device: str | None = None
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+    micro_batch: int | None = Field(default=None, gt=0)
+    threads: int | None = Field(default=None, gt=0)
+    strict: bool = False
+    allow_mixed: bool = False
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _teachers_by_name(cls, value: object) -> object:
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(parse_teacher(v) if isinstance(v, str) else v for v in value)
+
+    @model_validator(mode="after")
+    def _teachers_once(self) -> Self:
+        names = [t.name for t in self.teachers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a teacher stands twice in {', '.join(names)}")
+        return self
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Return the request of plain data. Raises ``UsageError`` naming each wrong key."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise UsageError("cache build: " + "; ".join(_explain(error))) from None
+
+
+def parse_teacher(text: str) -> TeacherAsked:
+    """Return the teacher written as ``NAME[,key=value...]``.
+
+    Keys: ``weights=FILE``, ``pretrained=none``, ``seed=N``, ``layers=a+b``, ``scales=1+0.5``, ``orientations=N``.
+    Raises ``UsageError``.
+    """
+    name, *options = text.split(",")
+    values: dict[str, Any] = {"name": name}
+    for option in options:
+        key, sign, value = option.partition("=")
+        if key not in TeacherAsked.model_fields or key == "name" or not sign:
+            known = [k for k in TeacherAsked.model_fields if k != "name"]
+            raise UsageError(
+                f"--teacher {text}: {option!r} is no option.{did_you_mean(key, known)} "
+                f"Write NAME[,key=value...] with {', '.join(known)}"
+            )
+        values[key] = value.split("+") if key in ("layers", "scales") else value
+    try:
+        return TeacherAsked.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"--teacher {text}: " + "; ".join(_explain(error))) from None
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Return the keys of a build configuration file. Raises ``UsageError``."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not YAML ({error})") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"--config {path}: expected keys and values, found {type(data).__name__}")
+    return data
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(p) for p in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            known = TeacherAsked.model_fields if fault["loc"][0] == "teachers" else BuildRequest.model_fields
+            lines.append(f"unknown key {where!r}.{did_you_mean(str(fault['loc'][-1]), known)}")
+        else:
+            lines.append(f"{where}: {fault['msg']}" if where else fault["msg"])
+    return lines

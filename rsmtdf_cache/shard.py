@@ -1,0 +1,169 @@
+"""One shard file of Zarr v3's ``sharding_indexed`` codec, uncompressed: written tile by tile, read through mmap.
+
+Layout: the inner chunks one after another, then the index: for each inner chunk, in C order of the shard's chunk grid,
+two little-endian uint64 (offset, length; both 2**64 - 1 = absent), then the crc32c of the index (4 bytes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from rsmtdf_cache.errors import FindingsError
+
+__all__ = ["ShardLayout", "ShardReader", "ShardWriter"]
+
+_ABSENT = np.uint64(2**64 - 1)
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Shape of one shard: ``rows`` tiles of ``[height, width, channels]``, cut into chunks of at most 32 x 32 tokens.
+
+    Chunks of one map are of equal size (37 tokens = 19 + 19, not 32 + 32), so that little is padded.
+    """
+
+    rows: int
+    height: int
+    width: int
+    channels: int
+    dtype: np.dtype[Any]
+    fill: float
+
+    @property
+    def chunk(self) -> tuple[int, int, int, int]:
+        """Inner chunk shape (tile, y, x, channel)."""
+        return (1, _balanced(self.height), _balanced(self.width), self.channels)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Chunks per map (y, x)."""
+        return (math.ceil(self.height / self.chunk[1]), math.ceil(self.width / self.chunk[2]))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shard shape in elements, chunk padding included."""
+        return (self.rows, self.grid[0] * self.chunk[1], self.grid[1] * self.chunk[2], self.channels)
+
+    @property
+    def chunk_nbytes(self) -> int:
+        return math.prod(self.chunk) * self.dtype.itemsize
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one tile's map on disk, without its index entries."""
+        return self.grid[0] * self.grid[1] * self.chunk_nbytes
+
+    @property
+    def index_nbytes(self) -> int:
+        return self.rows * self.grid[0] * self.grid[1] * 16 + 4
+
+    def nbytes(self, rows: int) -> int:
+        """Bytes of a shard file that holds ``rows`` tiles."""
+        return rows * self.row_nbytes + self.index_nbytes
+
+
+def _balanced(tokens: int) -> int:
+    return math.ceil(tokens / math.ceil(tokens / 32))
+
+
+class ShardWriter:
+    """Writes one shard file; memory does not grow with its size. ``close()`` adds the index and syncs to disk."""
+
+    def __init__(self, path: Path, layout: ShardLayout) -> None:
+        self.layout = layout
+        self._file = path.open("xb")
+        self._hash = hashlib.sha256()
+        self._index = np.full((layout.rows, *layout.grid, 2), _ABSENT, "<u8")
+        self.nbytes = 0
+
+    def add(self, row: int, stored: NDArray[Any]) -> None:
+        """Append the map ``[height, width, channels]`` of the shard's row ``row``."""
+        layout = self.layout
+        if stored.shape != (layout.height, layout.width, layout.channels) or stored.dtype != layout.dtype:
+            raise ValueError(f"shard row {row}: got {stored.dtype}{stored.shape}, the shard holds {layout}")
+        _, height, width, _ = layout.chunk
+        for i in range(layout.grid[0]):
+            for j in range(layout.grid[1]):
+                part = stored[i * height : (i + 1) * height, j * width : (j + 1) * width]
+                if part.shape[:2] != (height, width):
+                    full = np.full((height, width, layout.channels), layout.fill, layout.dtype)
+                    full[: part.shape[0], : part.shape[1]] = part
+                    part = full
+                self._index[row, i, j] = (self.nbytes, layout.chunk_nbytes)
+                self._put(np.ascontiguousarray(part).tobytes())
+
+    def close(self) -> str:
+        """Write the index, sync the file, and return the sha256 of the whole file."""
+        index = self._index.tobytes()
+        self._put(index + google_crc32c.value(index).to_bytes(4, "little"))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._hash.hexdigest()
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.nbytes += len(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+class ShardReader:
+    """A shard file mapped into memory. Every index entry is checked against the file before it is used."""
+
+    def __init__(self, path: Path, layout: ShardLayout) -> None:
+        self.path, self.layout = path, layout
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < layout.index_nbytes:
+                raise FindingsError(f"{path}: {size} bytes are too few for its index; run `rsmtdf cache verify --deep`")
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        index = self._map[size - layout.index_nbytes :]
+        if google_crc32c.value(index[:-4]) != int.from_bytes(index[-4:], "little"):
+            raise FindingsError(f"{path}: the shard index is damaged; run `rsmtdf cache verify --deep`")
+        table = np.frombuffer(index[:-4], "<u8").reshape(layout.rows, *layout.grid, 2)
+        self.present = (table != _ABSENT).all(axis=(1, 2, 3))
+        used = table[self.present]
+        end = size - layout.index_nbytes
+        inside = (used[..., 1] == layout.chunk_nbytes) & (used[..., 0] <= np.uint64(max(end - layout.chunk_nbytes, 0)))
+        if not inside.all() or (used.size and end < layout.chunk_nbytes):
+            raise FindingsError(f"{path}: the shard index points outside the file; run `rsmtdf cache verify --deep`")
+        self._offsets = table[..., 0]
+
+    def read(self, row: int, y: int, x: int, out: NDArray[Any]) -> None:
+        """Fill ``out`` ``[h, w, channels]`` with the map of ``row`` from token ``(y, x)`` on; absent = fill value."""
+        layout = self.layout
+        if not self.present[row]:
+            out[...] = layout.fill
+            return
+        _, ch, cw, channels = layout.chunk
+        height, width = out.shape[:2]
+        for i in range(y // ch, (y + height - 1) // ch + 1):
+            for j in range(x // cw, (x + width - 1) // cw + 1):
+                offset = int(self._offsets[row, i, j])
+                chunk = np.frombuffer(self._map, layout.dtype, ch * cw * channels, offset).reshape(ch, cw, channels)
+                y0, y1 = max(y, i * ch), min(y + height, (i + 1) * ch)
+                x0, x1 = max(x, j * cw), min(x + width, (j + 1) * cw)
+                out[y0 - y : y1 - y, x0 - x : x1 - x] = chunk[y0 - i * ch : y1 - i * ch, x0 - j * cw : x1 - j * cw]
+
+    def sha256(self) -> str:
+        """Return the sha256 of the file as mapped."""
+        return hashlib.sha256(self._map).hexdigest()

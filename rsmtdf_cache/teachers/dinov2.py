@@ -1,0 +1,50 @@
+"""DINOv2 (Oquab et al. 2024; with registers, Darcet et al. 2024): patch tokens through the final norm.
+
+The distillation target of RS-MTDF is the last layer of ``dinov2_vitb14``: class token dropped, norm applied.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from rsmtdf_cache.teachers._weights import take_weights
+from rsmtdf_cache.teachers.base import Teacher, TeacherRequest
+from rsmtdf_cache.teachers.timm_any import TimmTeacher, create, hub_weights
+
+__all__ = ["load"]
+
+_SIZES = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
+
+
+def load(request: TeacherRequest, device: torch.device) -> Teacher:
+    """Return the teacher ``dinov2_SIZE`` or ``dinov2_SIZE_reg``; see ``rsmtdf_cache.teachers.load``.
+
+    A weights file may have the layout of the original release (``.pth``) or timm's.
+    """
+    size, *registers = request.name.removeprefix("dinov2_").split("_")
+    network = create(f"vit_{_SIZES[size]}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m")
+    origin = take_weights(request, network, lambda: hub_weights(request.name, network), _in_timm_layout)
+    return TimmTeacher(
+        request, network, device, name=request.name, family="dinov2", origin=origin, license="Apache-2.0"
+    )
+
+
+def _in_timm_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the original release's tensors under timm's names; timm's own pass through.
+
+    timm has no mask token, calls the gated MLP's layers ``fc1`` and ``fc2``, and, with registers, folds the class
+    token's position embedding into the class token.
+    """
+    out = {
+        re.sub(r"\.mlp\.w3\.", ".mlp.fc2.", re.sub(r"\.mlp\.w12\.", ".mlp.fc1.", name)): tensor
+        for name, tensor in tensors.items()
+        if name != "mask_token"
+    }
+    if "register_tokens" in out and {"cls_token", "pos_embed"} <= out.keys():
+        out["reg_token"] = out.pop("register_tokens")
+        out["cls_token"] = out["cls_token"] + out["pos_embed"][:, :1]
+        out["pos_embed"] = out["pos_embed"][:, 1:]
+    return out

@@ -1,0 +1,136 @@
+"""The only code that writes features. One unit = one row group of one array set = one commit.
+
+The numbered steps are those of ``docs/decisions/0002-commit.md``; tests kill the process after each (5 is inside
+``publish_json`` and differs from 4 by a file in ``tmp/`` only).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsmtdf_cache.codecs import load_codec
+from rsmtdf_cache.errors import DataError
+from rsmtdf_cache.files import fsync_folder
+from rsmtdf_cache.layout import ArraySet, StorePaths, shard_layout
+from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
+from rsmtdf_cache.shard import ShardWriter
+from rsmtdf_cache.specs import NumericsProfile
+from rsmtdf_cache.stats import ChannelStats
+
+__all__ = ["UnitWriter", "clear_drafts"]
+
+
+def _no_step(step: int) -> None:
+    pass
+
+
+#: Called after each numbered step of a commit. Tests replace it to stop the process right there.
+after_step: Callable[[int], None] = _no_step
+
+
+def clear_drafts(paths: StorePaths) -> None:
+    """Remove what killed builders left. Only the holder of the build lock may call this."""
+    shutil.rmtree(paths.tmp, ignore_errors=True)
+
+
+class UnitWriter:
+    """Collects the maps of one unit and commits them. Leaving the block without ``commit()`` leaves no trace."""
+
+    def __init__(self, ledger: Ledger, arrays: ArraySet, group: int, group_rows: int, profile: NumericsProfile) -> None:
+        self._ledger, self._arrays, self._group, self._profile = ledger, arrays, group, profile
+        self._first_row = group * group_rows
+        self._folder = ledger.paths.tmp / f"{arrays.id}-{group}.{uuid.uuid4().hex}"
+        self._folder.mkdir(parents=True)
+        self._codecs = {s.layer.name: load_codec(s.encoding) for s in arrays.specs}
+        self._shards = {
+            s.layer.name: ShardWriter(self._folder / s.layer.name, shard_layout(s, group_rows)) for s in arrays.specs
+        }
+        self._stats = {s.layer.name: ChannelStats.empty(s.layer.channels) for s in arrays.specs}
+
+    def add(self, row: int, tile_id: str, features: Mapping[str, NDArray[np.float32]]) -> int:
+        """Add the maps ``{layer: [h, w, D]}`` of ``row`` and return the bytes they take.
+
+        Raises ``DataError`` when a value is not finite, or not in the stored type.
+        """
+        nbytes = 0
+        for layer, values in features.items():
+            stored = self._codecs[layer].encode(values)
+            decoded = self._codecs[layer].decode(stored)
+            self._refuse_non_finite(layer, tile_id, values, decoded)
+            self._stats[layer].add(decoded)
+            self._shards[layer].add(row - self._first_row, stored)
+            nbytes += stored.nbytes
+        return nbytes
+
+    def commit(self, stop: int) -> Commit:
+        """Make the unit durable and known: rows up to ``stop``. Returns the record that counts."""
+        after_step(1)
+        digests = {layer: shard.close() for layer, shard in self._shards.items()}
+        after_step(2)
+        places = {s.layer.name: self._ledger.paths.shard(s.key, self._group) for s in self._arrays.specs}
+        for layer, place in places.items():
+            _publish(self._folder / layer, place)
+        after_step(3)
+        for place in places.values():
+            _fsync_up(place.parent, self._ledger.paths.zarr)
+        after_step(4)
+        shards = tuple(
+            ShardRecord(
+                layer,
+                self._ledger.paths.relative(place),
+                self._shards[layer].nbytes,
+                digests[layer],
+                self._stats[layer],
+            )
+            for layer, place in sorted(places.items())
+        )
+        commit = Commit(self._arrays.id, self._group, self._first_row, stop, self._profile, shards)
+        commit = self._ledger.add_commit(commit)
+        after_step(6)
+        return commit
+
+    def _refuse_non_finite(self, layer: str, tile_id: str, values: NDArray[np.float32], decoded: NDArray[Any]) -> None:
+        bad = int(np.count_nonzero(~np.isfinite(decoded)))
+        if not bad:
+            return
+        here = f"{self._arrays.label}/{layer}, tile {tile_id!r}: {bad} of {decoded.size} values"
+        if np.isfinite(values).all():
+            worst = float(np.abs(values).max())
+            raise DataError(
+                f"{here} do not fit {decoded.dtype} (largest magnitude {worst:.4g}); nothing of this shard was kept"
+            )
+        raise DataError(f"{here} are not finite; try --precision float32, or check the weights")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for shard in self._shards.values():
+            shard.__exit__(kind, error, trace)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _publish(draft: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(draft, place)
+    except FileExistsError:
+        # No record names this file (the caller holds the lock and the unit is pending): a kill left it. Nobody read it.
+        draft.replace(place)
+
+
+def _fsync_up(folder: Path, top: Path) -> None:
+    while folder != top.parent:
+        fsync_folder(folder)
+        folder = folder.parent

@@ -1,0 +1,214 @@
+"""What changes a crop after its geometry: photometry for the strong view, CutMix for pixels and for features.
+
+Parameters are drawn apart from being applied, so that they are values: a function of seed and position
+(``sampler.py``), the same in every arm of an experiment.
+
+Shape legend: B batch, H W crop in pixels, h w tokens of a crop, D channels of a teacher layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from rsmtdf_train.recipe import AugmentConfig
+from rsmtdf_train.sample import Targets
+
+__all__ = [
+    "NO_CUTMIX",
+    "NO_PHOTOMETRY",
+    "CutMixBox",
+    "PhotometricParameters",
+    "cutmix",
+    "cutmix_targets",
+    "draw_cutmix_box",
+    "draw_photometric",
+    "photometric",
+    "shift_hue",
+    "token_cells",
+    "token_weights",
+]
+
+#: ``(y0, x0, y1, x1)`` in pixels of the crop, half open; all zero for no mixing.
+CutMixBox = tuple[int, int, int, int]
+
+NO_CUTMIX: CutMixBox = (0, 0, 0, 0)
+
+_AREA = (0.02, 0.4)
+_ASPECT = (0.3, 1 / 0.3)
+_SIGMA_PX = (0.1, 2.0)
+
+
+@dataclass(frozen=True)
+class PhotometricParameters:
+    """One strong view. Factors of 1, a hue shift of 0, no grey and a blur of 0 px leave the image as it is."""
+
+    brightness: float = 1.0
+    contrast: float = 1.0
+    saturation: float = 1.0
+    hue: float = 0.0  # in turns of the colour circle, -0.5..0.5
+    order: tuple[int, int, int, int] = (0, 1, 2, 3)  # brightness, contrast, saturation, hue
+    gray: bool = False
+    blur_sigma_px: float = 0.0
+
+
+NO_PHOTOMETRY = PhotometricParameters()
+
+
+def draw_photometric(rng: np.random.Generator, config: AugmentConfig) -> PhotometricParameters:
+    """Return the parameters of one strong view, drawn from ``rng``.
+
+    Colour jitter with factors ``1 ± jitter`` and hue ``± jitter / 2`` in a drawn order, grey, Gaussian blur with sigma
+    0.1 to 2 px: the strong view of FixMatch for segmentation (RS-MTDF, augmentation). The number of draws does not
+    depend on ``config``, so two recipes that differ in one probability share all other draws.
+    """
+    jitter_u, gray_u, blur_u, sigma_u = rng.random(4)
+    brightness, contrast, saturation, hue = rng.uniform(-1.0, 1.0, 4) * config.jitter
+    a, b, c, d = (int(k) for k in rng.permutation(4))
+    jittered = jitter_u < config.jitter_p and config.jitter > 0
+    return PhotometricParameters(
+        brightness=float(1 + brightness) if jittered else 1.0,
+        contrast=float(1 + contrast) if jittered else 1.0,
+        saturation=float(1 + saturation) if jittered else 1.0,
+        hue=float(hue / 2) if jittered else 0.0,
+        order=(a, b, c, d),
+        gray=bool(gray_u < config.gray_p),
+        blur_sigma_px=float(_SIGMA_PX[0] + sigma_u * (_SIGMA_PX[1] - _SIGMA_PX[0])) if blur_u < config.blur_p else 0.0,
+    )
+
+
+def photometric(image_3HW: Tensor, parameters: PhotometricParameters) -> Tensor:
+    """Return the strong view of ``image_3HW``: ``[3, H, W]`` float in 0..1, as the input is. No pixel moves."""
+    image = image_3HW
+    for operation in parameters.order:
+        if operation == 0 and parameters.brightness != 1:
+            image = tv.adjust_brightness(image, parameters.brightness)
+        elif operation == 1 and parameters.contrast != 1:
+            image = tv.adjust_contrast(image, parameters.contrast)
+        elif operation == 2 and parameters.saturation != 1:
+            image = tv.adjust_saturation(image, parameters.saturation)
+        elif operation == 3 and parameters.hue != 0:
+            image = shift_hue(image, parameters.hue)
+    if parameters.gray:
+        image = tv.rgb_to_grayscale(image, num_output_channels=3)
+    if parameters.blur_sigma_px > 0:
+        sigma = parameters.blur_sigma_px
+        # Three sigma each way, but reflection padding cannot be wider than the image. Two 1-d passes cost 2k, not k².
+        radius = min(math.ceil(3 * sigma), min(image.shape[-2:]) - 1)
+        width = 2 * radius + 1
+        image = tv.gaussian_blur(tv.gaussian_blur(image, [width, 1], [sigma, sigma]), [1, width], [sigma, sigma])
+    return image.clamp(0, 1)
+
+
+def shift_hue(image_3HW: Tensor, turns: float) -> Tensor:
+    """Return ``image_3HW`` (RGB in 0..1) with its hue moved by ``turns`` of the colour circle.
+
+    Same values as torchvision's ``adjust_hue`` (a test compares them) in a third of the time; that was the largest
+    single cost of a batch. Channel ``n`` of a colour with value V, chroma C and hue h (in sixths) is
+    ``V - C * clip(min(k, 4 - k), 0, 1)`` with ``k = (n + h) mod 6`` and n = 5, 3, 1 for red, green, blue.
+    """
+    red, green, blue = image_3HW.unbind(0)
+    value = image_3HW.amax(0)
+    chroma = value - image_3HW.amin(0)
+    divisor = torch.where(chroma > 0, chroma, 1.0)
+    hue = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    k = (torch.tensor([5.0, 3.0, 1.0], device=hue.device)[:, None, None] + (hue + 6 * turns)).remainder_(6)
+    return value - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma)
+
+
+def draw_cutmix_box(rng: np.random.Generator, p: float, crop_px: int) -> CutMixBox:
+    """Return a box inside a crop of ``crop_px`` with probability ``p``, else ``NO_CUTMIX``.
+
+    Area 2 to 40 % of the crop, aspect 0.3 to 1/0.3; a draw that leaves the crop is drawn again (RS-MTDF, augmentation).
+    """
+    if rng.random() >= p:
+        return NO_CUTMIX
+    while True:
+        area = rng.uniform(*_AREA) * crop_px * crop_px
+        aspect = rng.uniform(*_ASPECT)
+        height, width = max(1, int(math.sqrt(area * aspect))), max(1, int(math.sqrt(area / aspect)))
+        y, x = int(rng.integers(crop_px)), int(rng.integers(crop_px))
+        if y + height <= crop_px and x + width <= crop_px:
+            return (y, x, y + height, x + width)
+
+
+def cutmix(x: Tensor, boxes: Tensor) -> Tensor:
+    """Return ``x`` with each box filled from the partner: same shape and dtype.
+
+    ``x``: ``[B, ..., H, W]``, pixels of any kind. ``boxes``: ``[B, 4]`` as ``(y0, x0, y1, x1)``. The partner of
+    element ``i`` is ``B - 1 - i``.
+    """
+    height, width = x.shape[-2:]
+    y0, x0, y1, x1 = (edge[:, None] for edge in boxes.to(x.device).unbind(1))
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    inside = ((rows >= y0) & (rows < y1))[:, :, None] & ((columns >= x0) & (columns < x1))[:, None, :]
+    return torch.where(inside.reshape(len(x), *[1] * (x.ndim - 3), height, width), x.flip(0), x)
+
+
+def token_cells(
+    tokens: int, crop_px: int, offset_px: float | None = None, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the first and the end pixel coordinate of each token's cell along one side: two ``[tokens]`` float32.
+
+    A cell is one stride wide around the token's centre (``offset_px + i * stride``; default: the middle of the i-th
+    stride), cut to the crop.
+    """
+    stride = crop_px / tokens
+    offset = stride / 2 if offset_px is None else offset_px
+    start = torch.arange(tokens, dtype=torch.float32, device=device) * stride + (offset - stride / 2)
+    return start.clamp(0, crop_px), (start + stride).clamp(0, crop_px)
+
+
+def cutmix_targets(
+    targets: Targets, boxes: Tensor, crop_px: int, offsets_px: Mapping[str, float] | None = None
+) -> Targets:
+    """Return ``targets`` mixed by the pixel ``boxes`` of ``cutmix`` (decision 11).
+
+    A token whose cell lies fully inside the box takes features and weight of the partner, one fully outside keeps its
+    own, one that the box's edge crosses gets weight 0. ``offsets_px``: centre of token 0 by key (``TargetSpec``); it
+    matters for networks whose padding shifts the centres.
+    """
+    features: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for key, own in targets.features.items():
+        edges = [edge[:, None] for edge in boxes.to(own.device).unbind(1)]
+        offset = None if offsets_px is None else offsets_px.get(key)
+        sides = []
+        for low, high, tokens in ((edges[0], edges[2], own.shape[1]), (edges[1], edges[3], own.shape[2])):
+            start, end = token_cells(tokens, crop_px, offset, own.device)
+            sides.append(((start >= low) & (end <= high), (end <= low) | (start >= high)))
+        (inside_y, outside_y), (inside_x, outside_x) = sides
+        inside = inside_y[:, :, None] & inside_x[:, None, :]
+        outside = outside_y[:, :, None] | outside_x[:, None, :]
+        weight = targets.weights[key]
+        features[key] = torch.where(inside[..., None], own.flip(0), own)
+        weights[key] = torch.where(inside, weight.flip(0), torch.where(outside, weight, 0.0))
+    return Targets(features, weights)
+
+
+def token_weights(
+    valid_HW: NDArray[np.bool_], grid: tuple[int, int], offset_px: float | None = None
+) -> NDArray[np.float32]:
+    """Return ``[h, w]`` float32: 1 where every pixel of the token's cell is valid, else 0."""
+    if valid_HW.all():
+        return np.ones(grid, np.float32)
+    counts = np.zeros((valid_HW.shape[0] + 1, valid_HW.shape[1] + 1), np.int64)
+    counts[1:, 1:] = (~valid_HW).cumsum(0).cumsum(1)
+    (y0, y1), (x0, x1) = (
+        (start.floor().long().numpy(), end.ceil().long().numpy())
+        for start, end in (token_cells(n, side, offset_px) for n, side in zip(grid, valid_HW.shape, strict=True))
+    )
+    invalid = counts[y1][:, x1] - counts[y0][:, x1] - counts[y1][:, x0] + counts[y0][:, x0]
+    weights: NDArray[np.float32] = (invalid == 0).astype(np.float32)
+    return weights

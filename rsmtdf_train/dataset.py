@@ -1,0 +1,137 @@
+"""Crops of tiles with their cached targets: image, label and features cut by one box in one oriented frame."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rsmtdf_cache.errors import DataError, MismatchError
+from rsmtdf_cache.sources.base import Tile, TileSource
+from rsmtdf_cache.views import orient
+from rsmtdf_train.sample import Sample
+from rsmtdf_train.sampler import Draw, Geometry
+from rsmtdf_train.targets import TargetMode, TargetRequest
+
+__all__ = ["TileDataset"]
+
+
+class _ByteCache:
+    """The arrays used last, up to ``limit`` bytes. Threads may share it; a value never changes once it is in."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.nbytes = 0
+        self._items: OrderedDict[str, tuple[NDArray[Any], ...]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> tuple[NDArray[Any], ...] | None:
+        """Return the arrays of ``key``, or None."""
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+            return self._items.get(key)
+
+    def put(self, key: str, *arrays: NDArray[Any]) -> None:
+        """Keep ``arrays``, dropping what was used longest ago. Arrays larger than the limit are not kept."""
+        size = sum(a.nbytes for a in arrays)
+        with self._lock:
+            if size > self.limit or key in self._items:
+                return
+            self._items[key] = arrays
+            self.nbytes += size
+            while self.nbytes > self.limit:
+                self.nbytes -= sum(a.nbytes for a in self._items.popitem(last=False)[1])
+
+
+class TileDataset:
+    """The train tiles of ``source``. Decoded tiles stay in memory up to ``memory_bytes``; threads may share it."""
+
+    def __init__(
+        self, source: TileSource, targets: TargetMode | None, geometry: Geometry, memory_bytes: int = 2 * 2**30
+    ) -> None:
+        """Raise ``MismatchError`` when tiles, geometry and targets do not fit each other."""
+        if source.tile_px != geometry.tile_px:
+            raise MismatchError(
+                f"{source.root} has tiles of {source.tile_px} px, the store holds features of tiles of "
+                f"{geometry.tile_px} px; use the store that was built from this dataset"
+            )
+        self.source = source
+        self.targets = targets
+        self.geometry = geometry
+        tiles = source.tiles(["train"])
+        self._tiles: dict[str, Tile] = {tile.id: tile for tile in tiles}
+        self._rows = {tile.id: row for row, tile in enumerate(tiles)}
+        if targets is not None:
+            targets.check_tiles(self._tiles, source.root)
+            self._rows = {tile_id: targets.row_of(tile_id) for tile_id in self._tiles}
+        self._decoded: _ByteCache = _ByteCache(memory_bytes)
+        self._known: set[str] = set()
+
+    @property
+    def tile_ids(self) -> list[str]:
+        """Return the ids of all train tiles."""
+        return list(self._tiles)
+
+    def labeled_ids(self, subset: str) -> list[str]:
+        """Return the tiles of a labelled subset. Raises ``DataError`` when it is unknown or leaves the train split."""
+        ids = self.source.split(subset)
+        foreign = [tile_id for tile_id in ids if tile_id not in self._tiles]
+        if foreign:
+            raise DataError(
+                f"{self.source.root}: labelled subset {subset!r} names {len(foreign)} tiles that are not in the train "
+                f"split, e.g. {foreign[0]!r}; labelled subsets are subsets of train"
+            )
+        return ids
+
+    def sample(self, draw: Draw) -> Sample:
+        """Return the crop that ``draw`` describes (geometry only; photometry and CutMix come with the batch)."""
+        return self.samples([draw])[0]
+
+    def samples(self, draws: Sequence[Draw]) -> list[Sample]:
+        """Return the crops of ``draws``, features read together.
+
+        Raises ``TileError`` for a tile that cannot be read, ``MismatchError`` for one whose pixels are not those of
+        the store.
+        """
+        features: list[dict[str, NDArray[np.float16]]] = [{} for _ in draws]
+        if self.targets is not None:
+            requests = [TargetRequest(self._rows[d.tile_id], d.orientation, d.box) for d in draws]
+            features = self.targets.read(requests)
+        return [self._cut(draw, found) for draw, found in zip(draws, features, strict=True)]
+
+    def _cut(self, draw: Draw, features: dict[str, NDArray[np.float16]]) -> Sample:
+        box = draw.box
+        rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
+        image, label = (
+            np.ascontiguousarray(orient(whole, draw.orientation)[rows, columns]) for whole in self._decode(draw.tile_id)
+        )
+        return Sample(
+            tile_id=draw.tile_id,
+            row=self._rows[draw.tile_id],
+            orientation=draw.orientation,
+            image=image,
+            label=label,
+            valid=np.ones(label.shape, np.bool_),
+            features=features,
+        )
+
+    def _decode(self, tile_id: str) -> tuple[NDArray[np.uint8], ...]:
+        found = self._decoded.get(tile_id)
+        if found is None:
+            tile = self._tiles[tile_id]
+            image = self.source.read_image(tile)
+            if self.targets is not None and tile_id not in self._known:
+                self.targets.check_pixels(tile_id, image)
+                self._known.add(tile_id)
+            if tile.mask is None:
+                mask = np.full(image.shape[:2], self.source.ignore_index, np.uint8)
+            else:
+                mask = self.source.read_mask(tile)
+            found = (image, mask)
+            self._decoded.put(tile_id, *found)
+        return found

@@ -1,0 +1,68 @@
+"""Score a network on whole tiles of a split, in the orientation they are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rsmtdf_cache.errors import DataError
+from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
+from rsmtdf_cache.sources.base import Tile, TileSource
+from rsmtdf_train.fusion import FusedStudent
+from rsmtdf_train.metrics import ConfusionMatrix, Scores
+
+__all__ = ["evaluate"]
+
+#: Pixels per forward pass: 16 tiles of 256 px, 4 of 512.
+_BATCH_PIXELS = 2**20
+
+
+@torch.inference_mode()
+def evaluate(
+    models: dict[str, FusedStudent],
+    source: TileSource,
+    split: str,
+    device: torch.device,
+    on_event: EventSink = ignore_events,
+    tiles_at_once: int | None = None,
+) -> dict[str, Scores]:
+    """Return the scores of each of ``models`` (in eval mode) on ``split``; each tile is read once.
+
+    Raises ``DataError`` for an unknown or empty split, a split without labels, or a tile that cannot be read.
+    """
+    tiles = source.tiles([split])
+    if all(tile.mask is None for tile in tiles):
+        raise DataError(f"{source.root}: the tiles of split {split!r} have no masks; scores need labels")
+    size = tiles_at_once or max(1, _BATCH_PIXELS // source.tile_px**2)
+    names = [c.name for c in source.classes]
+    matrices = {kind: ConfusionMatrix(names, source.ignore_index) for kind in models}
+    task = f"evaluate {split}"
+    on_event(ProgressStart(task, f"evaluate on {split}", len(tiles)))
+    for images, masks in _batches(source, [t for t in tiles if t.mask is not None], size):
+        image = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div_(255)
+        label = torch.from_numpy(masks).to(device).long()
+        for kind, model in models.items():
+            matrices[kind].add(model.predict(image).argmax(dim=1), label)
+        on_event(Progress(task, len(images)))
+    on_event(ProgressEnd(task))
+    return {kind: matrix.scores() for kind, matrix in matrices.items()}
+
+
+def _batches(
+    source: TileSource, tiles: list[Tile], size: int
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    def read(start: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        some = tiles[start : start + size]
+        return np.stack([source.read_image(t) for t in some]), np.stack([source.read_mask(t) for t in some])
+
+    with ThreadPoolExecutor(1) as pool:  # one batch ahead
+        following = pool.submit(read, 0)
+        for start in range(0, len(tiles), size):
+            current = following.result()
+            if start + size < len(tiles):
+                following = pool.submit(read, start + size)
+            yield current

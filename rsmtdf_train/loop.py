@@ -1,0 +1,223 @@
+"""The loop: open what a run needs, step, log, save, score. A run that stops anywhere continues to the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rsmtdf_cache.errors import Interrupted, MismatchError, UsageError
+from rsmtdf_cache.events import Event
+from rsmtdf_cache.files import replace_file
+from rsmtdf_cache.sources import TileSource, open_source
+from rsmtdf_train.checkpoint import (
+    CHECKPOINT_KINDS,
+    RunFolder,
+    RunIdentity,
+    load_checkpoint,
+    save_checkpoint,
+    save_deployed,
+)
+from rsmtdf_train.evaluate import evaluate
+from rsmtdf_train.fusion import TargetShape
+from rsmtdf_train.loader import BatchLoader
+from rsmtdf_train.logs import LogWriter, StepLogged
+from rsmtdf_train.metrics import Scores
+from rsmtdf_train.recipe import Recipe
+from rsmtdf_train.state import TrainState, build_state
+from rsmtdf_train.step import batch_to, train_step
+
+if TYPE_CHECKING:
+    from rsmtdf_cache.store import FeatureStore
+
+__all__ = ["Run", "RunResult", "TrainSink", "pick_device", "scores_to_json", "train"]
+
+TrainSink = Callable[[Event | StepLogged], None]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A complete run. ``resumed_at`` is the step it continued from; ``steps`` there means nothing was left to do."""
+
+    out: Path
+    steps: int
+    resumed_at: int
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that stays the same while a run goes on."""
+
+    identity: RunIdentity
+    folder: RunFolder
+    source: TileSource
+    loader: BatchLoader
+    device: torch.device
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device called ``name``; by default the first GPU, else the CPU. Raises ``UsageError``."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: cannot be used here ({reason}); leave it out or use cpu") from None
+    return device
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    store_path: Path | None = None,
+    *,
+    device: str | None = None,
+    on_event: TrainSink = lambda event: None,
+    threads: int = 1,
+    tensorboard: bool = True,
+) -> RunResult:
+    """Train ``recipe`` into the run folder ``out`` and score it on ``recipe.eval_split``; return the result.
+
+    A run that is there already continues; a complete one is returned as it is. ``store_path``: the store of cached
+    targets; given without distillation it still decides the geometry of the crops, so that arms are paired.
+    Raises ``UsageError`` (recipe, or targets without a store), ``MismatchError`` (another run, store or dataset),
+    ``DataError`` (dataset, damaged checkpoint), ``Interrupted`` after a signal. A loss that is not finite is a
+    ``UsageError`` of the recipe.
+    """
+    run = _open(recipe, out, store_path, device, threads)
+    state = build_state(recipe, len(run.identity.classes), run.identity.targets, run.device)
+    _check_geometry(recipe, state)
+    load_checkpoint(run.folder, run.identity, state)
+    resumed_at = state.step
+    if state.step == recipe.steps and run.folder.metrics.is_file():
+        return RunResult(out, recipe.steps, resumed_at, json.loads(run.folder.metrics.read_text()))
+    for folder in (run.folder.checkpoints, run.folder.pictures):
+        folder.mkdir(parents=True, exist_ok=True)
+    replace_file(run.folder.recipe, recipe.to_yaml().encode())
+    if state.step < recipe.steps:
+        _steps(run, state, on_event, tensorboard)
+    models = {"student": state.student.eval(), "ema": state.ema}
+    for kind in CHECKPOINT_KINDS:
+        save_deployed(run.folder.deployed(kind), models[kind], run.identity, kind, state.step)
+    scores = evaluate({k: models[k] for k in CHECKPOINT_KINDS}, run.source, recipe.eval_split, run.device, on_event)
+    metrics = scores_to_json(run.identity, recipe.eval_split, scores, state.step)
+    replace_file(run.folder.metrics, (json.dumps(metrics, indent=1) + "\n").encode())
+    return RunResult(out, recipe.steps, resumed_at, metrics)
+
+
+def scores_to_json(identity: RunIdentity, split: str, scores: dict[str, Scores], step: int) -> dict[str, Any]:
+    """Return what ``metrics.json`` holds: what was scored, on what, and the scores by checkpoint kind."""
+    recipe = identity.recipe
+    return {
+        "name": recipe.name,
+        "data": str(recipe.data),
+        "split": split,
+        "labeled": recipe.labeled,
+        "seed": recipe.seed,
+        "step": step,
+        "method": recipe.method,
+        "targets": {"mode": recipe.targets, "keys": [t.key for t in identity.targets]},
+        "fused": recipe.fuse is not None,
+        "store": identity.snapshot,
+        "classes": [c.name for c in identity.classes],
+        "scores": {kind: {"checkpoint": kind, **s.to_json()} for kind, s in scores.items()},
+    }
+
+
+def _open(recipe: Recipe, out: Path, store_path: Path | None, device: str | None, threads: int) -> Run:
+    folder = RunFolder(out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()) and not folder.recipe.is_file():
+        raise MismatchError(f"--out {out}: holds something that is no run; give an empty or new folder")
+    chosen = pick_device(device)
+    source = open_source(recipe.data)
+    source.check([recipe.labeled, recipe.eval_split])
+    store: FeatureStore | None = None
+    if store_path is not None:
+        from rsmtdf_cache.store import FeatureStore
+
+        store = FeatureStore.open(store_path)
+    loader = BatchLoader.open(source, recipe, store, threads)
+    shapes = () if loader.targets is None else tuple(
+        TargetShape(key, spec.channels, float(spec.stride_px)) for key, spec in loader.targets.specs.items()
+    )  # fmt: skip
+    identity = RunIdentity(
+        recipe, store.snapshot if store is not None else None, source.classes, source.ignore_index, shapes
+    )
+    if folder.recipe.is_file() and not folder.last.is_file():  # stopped before its first checkpoint
+        there = RunIdentity(folder.load_recipe(), identity.snapshot, source.classes, source.ignore_index, shapes)
+        identity.require_same(there, out)
+    return Run(identity, folder, source, loader, chosen)
+
+
+def _check_geometry(recipe: Recipe, state: TrainState) -> None:
+    multiple = state.student.student.multiple_px
+    if recipe.crop_px % multiple:
+        raise UsageError(
+            f"crop_px {recipe.crop_px}: the student {recipe.student.encoder!r} reads multiples of {multiple} px; "
+            f"choose crop_px {recipe.crop_px // multiple * multiple or multiple} or another student"
+        )
+
+
+def _steps(run: Run, state: TrainState, on_event: TrainSink, tensorboard: bool) -> None:
+    """Run the steps that are left; the last one is followed by a checkpoint."""
+    recipe = run.identity.recipe
+    state.student.train()
+    with (
+        _signals() as stopped,
+        LogWriter(run.folder, recipe.steps, state.step, run.device, on_event, tensorboard) as log,
+        contextlib.closing(run.loader.iterate(state.step, recipe.steps)) as batches,
+    ):
+        started = time.perf_counter()
+        for batch in batches:
+            logs = train_step(
+                state, batch_to(batch, run.device), recipe, run.identity.ignore_index, run.loader.offsets_px
+            )
+            now = time.perf_counter()
+            log.add(state.step - 1, logs, now - started)
+            started = now
+            stop = bool(stopped)
+            if stop or state.step % recipe.checkpoint_every == 0 or state.step == recipe.steps:
+                log.flush()  # raises for a loss that is not finite: such a state is never saved
+                save_checkpoint(run.folder, run.identity, state)
+            if stop and state.step < recipe.steps:
+                raise Interrupted(
+                    f"{stopped[0]} after step {state.step} of {recipe.steps}; the checkpoint is in {run.folder.last}, "
+                    "the same command continues"
+                )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collect the names of SIGINT and SIGTERM instead of dying; the second one acts as before."""
+    caught: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+

@@ -1,0 +1,112 @@
+"""Segment image files: a mask of class numbers with the classes' palette, and the mask laid over the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from rsmtdf_cache.errors import DataError, UsageError
+from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
+from rsmtdf_cache.sources.base import ClassInfo
+from rsmtdf_train.fusion import FusedStudent
+
+__all__ = ["Prediction", "overlay", "palette_image", "predict_files", "predict_mask", "read_rgb"]
+
+_OPACITY = 0.5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was written for one image, and the share of pixels of each class."""
+
+    image: Path
+    mask: Path
+    overlay: Path
+    shares: dict[str, float]
+
+
+def read_rgb(path: Path) -> NDArray[np.uint8]:
+    """Return ``[H, W, 3]`` uint8 RGB. Raises ``DataError`` for anything but a whole 8-bit RGB image; no conversion."""
+    try:
+        with Image.open(path) as image:
+            if image.mode != "RGB":
+                raise DataError(
+                    f"image {path}: expected 8-bit RGB, found mode {image.mode!r}; convert it to three 8-bit bands"
+                )
+            pixels: NDArray[np.uint8] = np.array(image)
+    except FileNotFoundError:
+        raise DataError(f"image {path}: there is no such file") from None
+    except UnidentifiedImageError:
+        raise DataError(f"image {path}: not an image that can be read; give PNG, JPEG or 8-bit TIFF") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"image {path}: cannot be read ({error})") from None
+    return pixels
+
+
+@torch.inference_mode()
+def predict_mask(model: FusedStudent, image_HW3: NDArray[np.uint8], device: torch.device) -> NDArray[np.uint8]:
+    """Return ``[H, W]`` uint8 class numbers for uint8 RGB of any size, in one pass."""
+    image = torch.from_numpy(image_HW3).to(device).permute(2, 0, 1)[None].float().div_(255)
+    mask: NDArray[np.uint8] = model.predict(image).argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+    return mask
+
+
+def palette_image(mask_HW: NDArray[np.uint8], classes: Sequence[ClassInfo]) -> Image.Image:
+    """Return an 8-bit palette image whose values are the class numbers; any viewer shows the classes' colours."""
+    image = Image.fromarray(mask_HW)
+    image.putpalette(bytes(v for c in classes for v in c.color))  # turns mode L into P
+    return image
+
+
+def overlay(
+    image_HW3: NDArray[np.uint8], mask_HW: NDArray[np.uint8], classes: Sequence[ClassInfo]
+) -> NDArray[np.uint8]:
+    """Return the image with the colours of the mask at half opacity: ``[H, W, 3]`` uint8."""
+    colors = np.array([c.color for c in classes], np.float32)[mask_HW]
+    mixed: NDArray[np.uint8] = ((1 - _OPACITY) * image_HW3 + _OPACITY * colors).round().astype(np.uint8)
+    return mixed
+
+
+def predict_files(
+    model: FusedStudent,
+    classes: Sequence[ClassInfo],
+    images: Sequence[Path],
+    out: Path,
+    device: torch.device,
+    on_event: EventSink = ignore_events,
+) -> list[Prediction]:
+    """Write ``out/STEM_mask.png`` and ``out/STEM_overlay.png`` for each image and return what was written.
+
+    Every image is checked to exist, and their stems to differ, before anything is written. Raises ``UsageError`` for
+    two images of one stem, ``DataError`` for an image that cannot be used.
+    """
+    stems: dict[str, Path] = {}
+    for path in images:
+        if not path.is_file():
+            raise DataError(f"image {path}: there is no such file")
+        if path.stem in stems:
+            raise UsageError(
+                f"{stems[path.stem]} and {path} would both be written as {path.stem}_mask.png; run them into two --out"
+            )
+        stems[path.stem] = path
+    out.mkdir(parents=True, exist_ok=True)
+    on_event(ProgressStart("predict", "predict", len(images), unit="images"))
+    results = []
+    for stem, path in stems.items():
+        pixels = read_rgb(path)
+        mask = predict_mask(model, pixels, device)
+        paths = out / f"{stem}_mask.png", out / f"{stem}_overlay.png"
+        palette_image(mask, classes).save(paths[0])
+        Image.fromarray(overlay(pixels, mask, classes)).save(paths[1])
+        counts = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
+        shares = {c.name: float(v) for c, v in zip(classes, counts, strict=True)}
+        results.append(Prediction(path, paths[0], paths[1], shares))
+        on_event(Progress("predict", 1))
+    on_event(ProgressEnd("predict"))
+    return results

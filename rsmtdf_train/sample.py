@@ -1,0 +1,73 @@
+"""Names, shapes and dtypes of what the trainer moves around: the contract between data and model.
+
+Shape legend: B batch, H W crop in pixels, h w tokens of a crop, D channels of a teacher layer, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Batch", "LabeledBatch", "Sample", "Targets", "UnlabeledBatch"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One crop of one tile in one oriented frame: geometry is applied, photometry is not.
+
+    ``features`` are in the teacher's own scale, keyed by ``"teacher/scale/layer"`` (the key of a target: a feature
+    key without its orientation, see ``targets.py``).
+    """
+
+    tile_id: str
+    row: int
+    orientation: int
+    image: NDArray[np.uint8]  # [H, W, 3] RGB
+    label: NDArray[np.uint8]  # [H, W] class or ignore index; all ignore for an unlabelled tile
+    valid: NDArray[np.bool_]  # [H, W] False on padding and no-data
+    features: dict[str, NDArray[np.float16]] = field(default_factory=dict)  # key -> [h, w, D]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Distillation targets of a batch: standardised features and the weight of each token."""
+
+    features: dict[str, Tensor]  # key -> [B, h, w, D] float32, zero mean and unit variance per channel of the store
+    weights: dict[str, Tensor]  # key -> [B, h, w] float32 in 0..1; 0 = token does not count
+
+
+@dataclass(frozen=True)
+class LabeledBatch:
+    """Weakly augmented labelled crops. ``image`` is float32 RGB in 0..1, not normalised (the student does that)."""
+
+    image: Tensor  # [B, 3, H, W]
+    label: Tensor  # [B, H, W] int64, ignore index where not labelled
+    targets: Targets
+
+
+@dataclass(frozen=True)
+class UnlabeledBatch:
+    """Unlabelled crops: a weak view for the labeller, a photometrically strong view of the same crop for the student.
+
+    ``cutmix_boxes[i] = (y0, x0, y1, x1)`` in pixels, all zero for none; the partner of crop ``i`` is crop ``B-1-i``.
+    Nothing is mixed yet: the step mixes image, pseudo-label, confidence, ``valid`` and targets by the same boxes.
+    """
+
+    weak: Tensor  # [B, 3, H, W]
+    strong: Tensor  # [B, 3, H, W]
+    valid: Tensor  # [B, H, W] bool
+    label: Tensor  # [B, H, W] int64: true labels where the dataset has them, for monitoring only, never in a loss
+    cutmix_boxes: Tensor  # [B, 4] int64
+    targets: Targets
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that one step consumes. ``unlabeled`` is None for supervised training."""
+
+    step: int
+    labeled: LabeledBatch
+    unlabeled: UnlabeledBatch | None

@@ -1,0 +1,92 @@
+"""Everything that changes while a run goes on: student, EMA, optimiser, step. Nothing else does."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rsmtdf_train.fusion import FusedStudent, TargetShape, build_fused_student
+from rsmtdf_train.recipe import OptimConfig, Recipe
+
+__all__ = ["TrainState", "build_state", "learning_rates", "lr_factor", "set_learning_rates", "update_ema"]
+
+#: Exponent of the polynomial schedule (RS-MTDF and most of segmentation).
+_POWER = 0.9
+
+
+@dataclass
+class TrainState:
+    """The mutable things of a run. ``step`` counts finished steps."""
+
+    student: FusedStudent
+    ema: FusedStudent
+    optimizer: torch.optim.AdamW
+    step: int = 0
+
+
+def build_state(
+    recipe: Recipe,
+    classes: int,
+    targets: Sequence[TargetShape],
+    device: torch.device,
+    *,
+    load_weights: bool = True,
+) -> TrainState:
+    """Return the state before the first step: a seeded student, its copy as EMA, a fresh optimiser."""
+    student = build_fused_student(recipe, classes, targets, load_weights=load_weights).to(device)
+    ema = copy.deepcopy(student).eval().requires_grad_(False)
+    encoder = list(student.student.encoder.parameters())
+    inside = {id(p) for p in encoder}
+    rest = [p for p in student.parameters() if id(p) not in inside]
+    rates = learning_rates(recipe.optim)
+    optimizer = torch.optim.AdamW(
+        [{"params": encoder, "lr": rates[0]}, {"params": rest, "lr": rates[1]}],
+        weight_decay=recipe.optim.weight_decay,
+        fused=True,
+    )
+    return TrainState(student.train(), ema, optimizer)
+
+
+def learning_rates(config: OptimConfig) -> tuple[float, float]:
+    """Return the top learning rates of encoder and rest."""
+    return (config.encoder_lr if config.encoder_lr is not None else config.lr, config.lr)
+
+
+def lr_factor(config: OptimConfig, step: int, steps: int) -> float:
+    """Return the factor of the learning rate at ``step`` (0-based) of ``steps``: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = step / steps
+    if config.schedule == "poly":
+        return float((1 - progress) ** _POWER)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int) -> float:
+    """Set the rates of ``step`` and return that of everything but the encoder."""
+    factor = lr_factor(config, step, steps)
+    for group, rate in zip(optimizer.param_groups, learning_rates(config), strict=True):
+        group["lr"] = rate * factor
+    return config.lr * factor
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, student: nn.Module, step: int, decay: float) -> None:
+    """Move ``ema`` towards ``student`` after ``step`` (0-based): ``d = min(1 - 1 / (step + 1), decay)``.
+
+    Float parameters and buffers are averaged, counters are copied. At step 0 the EMA becomes the student.
+    """
+    share = 1 - min(1 - 1 / (step + 1), decay)
+    mine, theirs = list(ema.state_dict().values()), list(student.state_dict().values())
+    pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], share)
+    for a, b in zip(mine, theirs, strict=True):
+        if not a.is_floating_point():
+            a.copy_(b)

@@ -1,0 +1,353 @@
+"""Every teacher keeps the contract of ``teachers/base.py``, and its tokens lie where its spec says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsmtdf_cache import teachers
+from rsmtdf_cache.errors import UsageError
+from rsmtdf_cache.specs import FeatureKey
+from rsmtdf_cache.teachers._dense import DenseTeacher
+from rsmtdf_cache.teachers._geometry import map_geometry, meta_copy
+from rsmtdf_cache.teachers.base import TeacherRequest
+from rsmtdf_cache.views import base_size_px
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "teachers_seed7.json"
+
+#: Request, two view sizes for tiles of 64 px (one resizes, CLIP's and the transformer's native grids are left too).
+SUITE = {
+    "efficientnet_lite0": (TeacherRequest("efficientnet_lite0"), (64, 128)),
+    "efficientnet_lite2": (TeacherRequest("efficientnet_lite2"), (64, 32)),
+    "resnet18": (TeacherRequest("timm:resnet18", "none"), (64, 96)),
+    "vit_tiny": (TeacherRequest("timm:vit_tiny_patch16_224", "none"), (64, 128)),
+    "dinov2_vits14": (TeacherRequest("dinov2_vits14", "none"), (56, 112)),
+    "dinov2_vits14_reg": (TeacherRequest("dinov2_vits14_reg", "none"), (56, 84)),
+    "clip_vitb32": (TeacherRequest("clip_vitb32", "none"), (64, 128)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def built(name: str) -> DenseTeacher:
+    teacher = teachers.load(SUITE[name][0])
+    assert isinstance(teacher, DenseTeacher)
+    return teacher
+
+
+def tiles(count: int, side: int = 64, seed: int = 0) -> Tensor:
+    """Smooth random tiles: coarse noise enlarged, as real pictures have neighbours alike."""
+    noise = np.random.default_rng(seed).uniform(0, 255, (count, 3, side // 8, side // 8)).astype(np.float32)
+    big = F.interpolate(torch.from_numpy(noise), size=(side, side), mode="bilinear")
+    return big.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_shapes_and_dtype_are_what_the_spec_says_at_two_sizes(name: str) -> None:
+    teacher = built(name)
+    for size in SUITE[name][1]:
+        specs = teacher.layer_specs(teacher.layer_names, size)
+        maps = teacher.encode(tiles(2), size, teacher.layer_names)
+        assert list(maps) == list(teacher.layer_names) == [spec.name for spec in specs]
+        for spec in specs:
+            tokens = maps[spec.name]
+            assert tuple(tokens.shape) == (2, *teacher.grid(spec.name, size), spec.channels)
+            assert teacher.grid(spec.name, size) == (size // spec.stride_px, size // spec.stride_px)
+            assert tokens.dtype == torch.float32 and tokens.is_contiguous() and bool(tokens.isfinite().all())
+            assert float(tokens.std()) > 0
+    assert set(teacher.default_layers) <= set(teacher.layer_names) and len(teacher.default_layers) >= 2
+    assert FeatureKey.parse(f"{teacher.spec.name}/s64o0/{teacher.layer_names[0]}").teacher == teacher.spec.name
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_a_teacher_is_frozen_in_eval_mode_and_gives_no_gradient(name: str) -> None:
+    teacher = built(name)
+    assert not any(module.training for module in teacher.network.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
+    before = {k: v.clone() for k, v in teacher.network.state_dict().items()}
+    maps = teacher.encode(tiles(2), SUITE[name][1][0], teacher.default_layers)
+    assert not any(m.requires_grad for m in maps.values())
+    assert all(torch.equal(before[k], v) for k, v in teacher.network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_encoding_is_deterministic_and_leaves_the_random_state_alone(name: str) -> None:
+    teacher, size = built(name), SUITE[name][1][0]
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first = teacher.encode(tiles(3), size, teacher.default_layers)
+    second = teacher.encode(tiles(3), size, teacher.default_layers)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(first[layer], second[layer]) for layer in first)
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_the_place_in_the_batch_and_the_layers_asked_beside_do_not_change_a_tile(name: str) -> None:
+    teacher, size = built(name), SUITE[name][1][0]
+    batch, alone = tiles(3), tiles(3)[2:]
+    together = teacher.encode(batch, size, teacher.layer_names)
+    moved = teacher.encode(batch.flip(0), size, teacher.layer_names)
+    for layer in (teacher.layer_names[0], teacher.layer_names[-1]):
+        single = teacher.encode(alone, size, [layer])[layer]
+        scale = float(single.abs().max())
+        assert float((together[layer][2:] - single).abs().max()) <= 1e-4 * scale
+        assert float((moved[layer][:1] - single).abs().max()) <= 1e-4 * scale
+        # The other tiles differ, so that the comparison above could fail.
+        assert float((together[layer][:1] - single).abs().max()) > 1e-2 * scale
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "vit_tiny"])
+def test_bfloat16_autocast_stays_close_and_returns_float32(name: str) -> None:
+    teacher, size = built(name), 64
+    layer = teacher.default_layers[0]
+    exact = teacher.encode(tiles(2), size, [layer])[layer]
+    coarse = teacher.encode(tiles(2), size, [layer], "bfloat16")[layer]
+    assert coarse.dtype == torch.float32 and not torch.equal(exact, coarse)
+    assert float(F.cosine_similarity(exact.flatten(), coarse.flatten(), dim=0)) > 0.99
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_only_square_uint8_rgb_tiles_are_taken(name: str) -> None:
+    teacher, size = built(name), SUITE[name][1][0]
+    for wrong in (tiles(1).float(), tiles(1).permute(0, 3, 1, 2), tiles(1)[0], tiles(1)[:, :32]):
+        with pytest.raises(TypeError, match="uint8"):
+            teacher.encode(wrong, size, teacher.default_layers)
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_sizes_off_the_patch_grid_and_unknown_layers_are_usage_errors(name: str) -> None:
+    teacher = built(name)
+    patch = teacher.spec.patch_px
+    for size in (patch + 1, 0, patch // 2):
+        with pytest.raises(UsageError, match="multiple of its"):
+            teacher.layer_specs(teacher.default_layers, size)
+        with pytest.raises(UsageError, match="multiple of its"):
+            teacher.encode(tiles(1), size, teacher.default_layers)
+    wrong = teacher.layer_names[0].replace("0", "O").replace("1", "l")
+    with pytest.raises(UsageError, match="Did you mean") as caught:
+        teacher.encode(tiles(1), patch, [wrong])
+    assert all(layer in str(caught.value) for layer in teacher.layer_names)
+
+
+def test_bicubic_overshoot_is_clamped_to_the_range_of_a_pixel() -> None:
+    teacher = built("efficientnet_lite0")
+    edge = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    edge[:, :, 32:] = 255
+    images = teacher.normalised(edge, 128)
+    assert float(images.min()) == -1.0 and float(images.max()) == 1.0  # mean and std are 0.5
+    free = F.interpolate(edge.permute(0, 3, 1, 2).float(), size=128, mode="bicubic", antialias=True)
+    assert float(free.max()) > 255 and float(free.min()) < 0
+
+
+# --- where the tokens lie ------------------------------------------------------------------------------------------
+
+
+def averaging(network: nn.Module) -> nn.Module:
+    """Make ``network`` linear with positive, uniform kernels: a token then is a mean around its centre."""
+    for parent in list(network.modules()):
+        for key, module in list(parent.named_children()):
+            if isinstance(module, nn.Conv2d):
+                with torch.no_grad():
+                    module.weight.fill_(1.0 / module.weight[0].numel())
+                    if module.bias is not None:
+                        module.bias.zero_()
+            elif isinstance(module, nn.MaxPool2d):
+                pool = nn.AvgPool2d(module.kernel_size, module.stride, module.padding)
+                setattr(parent, key, pool)
+            elif not list(module.children()) and isinstance(module, (nn.ReLU, nn.ReLU6)):
+                setattr(parent, key, nn.Identity())
+            elif isinstance(module, nn.BatchNorm2d):
+                setattr(parent, key, nn.Identity())
+    return network.double()
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "timm:resnetblur18", "efficientnet_lite0"])
+@pytest.mark.parametrize("width", [1280, 1312])
+def test_token_centres_measured_with_an_averaging_network_are_those_of_the_spec(name: str, width: int) -> None:
+    teacher: Any = teachers.load(TeacherRequest(name, "none"))
+    network: Any = averaging(teacher.network)
+    # A strip, wide enough for tokens whose whole field lies in the image; rows do not matter to the place of a column.
+    columns = (torch.arange(width, dtype=torch.float64) + 0.5).expand(1, 3, 32, width)
+    with torch.inference_mode():
+        weighted = network.forward_intermediates(columns, output_fmt="NCHW", intermediates_only=True)
+        ones = network.forward_intermediates(torch.ones_like(columns), output_fmt="NCHW", intermediates_only=True)
+    for i, spec in enumerate(teacher.layer_specs(teacher.layer_names, width)):
+        total = ones[i][0, 0, 0]
+        inside = total > total.max() * (1 - 1e-10)  # padding took nothing from these means
+        assert int(inside.sum()) >= 2
+        measured = (weighted[i][0, 0, 0] / total)[inside]
+        expected = (spec.offset_px + spec.stride_px * torch.arange(len(total), dtype=torch.float64))[inside]
+        torch.testing.assert_close(measured, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "offset"), [("efficientnet_lite0", 31.5), ("timm:resnet18", 0.5), ("timm:convnext_atto", 16.0)]
+)
+def test_the_offset_at_stride_32_follows_the_padding_rule_of_the_network(name: str, offset: float) -> None:
+    teacher = teachers.load(TeacherRequest(name, "none"))
+    assert teacher.layer_specs([teacher.layer_names[-1]], 256)[0].offset_px == offset
+
+
+def test_offsets_of_same_padding_depend_on_the_parity_of_the_side() -> None:
+    network: Any = meta_copy(built("efficientnet_lite0").network)
+
+    def run(image: Tensor) -> list[Tensor]:
+        return list(network.forward_intermediates(image, output_fmt="NCHW", intermediates_only=True))
+
+    centres = {side: map_geometry(run, side)[1][0].centre + 0.5 for side in (64, 65)}
+    assert centres == {64: 1.5, 65: 0.5}  # stride 2, kernel 3: one padded column, on the right or on both sides
+
+
+def without_blocks(teacher: DenseTeacher) -> DenseTeacher:
+    """Silence attention and MLP: what is left of a transformer is its patch embedding."""
+    with torch.no_grad():
+        for name, parameter in teacher.network.named_parameters():
+            if name.endswith(("attn.proj.weight", "mlp.fc2.weight", "attn.out_proj.weight", "mlp.c_proj.weight")):
+                parameter.zero_()
+    return teacher
+
+
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "dinov2_vits14", "dinov2_vits14_reg", "clip_vitb32"])
+def test_a_token_of_a_transformer_depends_on_exactly_the_cell_around_its_recorded_centre(name: str) -> None:
+    teacher = teachers.load(TeacherRequest(name, "none", seed=3))
+    assert isinstance(teacher, DenseTeacher)
+    teacher = without_blocks(teacher)
+    size = teacher.spec.patch_px * 4
+    layer = teacher.layer_names[-1]
+    (spec,) = teacher.layer_specs([layer], size)
+    base = tiles(1, size // 8 * 8)[:, :size, :size]
+    before = teacher.encode(base, size, [layer])[layer][0]
+    for row, column in ((0, 0), (1, 2), (3, 1)):
+        y, x = (int(spec.offset_px + i * spec.stride_px - spec.stride_px / 2) for i in (row, column))
+        cell = torch.zeros(size, size, dtype=torch.bool)
+        cell[y : y + spec.stride_px, x : x + spec.stride_px] = True
+        inside, outside = base.clone(), base.clone()
+        inside[0, cell] = 255 - inside[0, cell]
+        outside[0, ~cell] = 255 - outside[0, ~cell]
+        changed = (teacher.encode(inside, size, [layer])[layer][0] - before).abs().amax(-1) > 1e-4
+        kept = (teacher.encode(outside, size, [layer])[layer][0] - before).abs().amax(-1) <= 1e-4
+        only = torch.zeros_like(changed)
+        only[row, column] = True
+        assert torch.equal(changed, only) and torch.equal(kept, only)
+
+
+def test_default_views_of_the_families_share_the_lattice_of_a_tile() -> None:
+    assert base_size_px(built("dinov2_vits14").spec, 512) == 448
+    assert base_size_px(built("efficientnet_lite0").spec, 256) == 256
+    assert base_size_px(built("resnet18").spec, 512) == 512
+
+
+# --- names and imports ---------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_teacher_is_a_usage_error_with_a_guess_and_the_list() -> None:
+    with pytest.raises(UsageError, match=r"Did you mean 'dinov2_vits14'\?") as caught:
+        teachers.load(TeacherRequest("dinov2_vit14"))
+    assert all(name in str(caught.value) for name in (*teachers.names(), "timm:NAME"))
+    with pytest.raises(UsageError, match=r"Did you mean 'resnet18'\?"):
+        teachers.load(TeacherRequest("timm:resnet81", "none"))
+    with pytest.raises(UsageError, match="has no layer 'block99'"):
+        teachers.load(TeacherRequest("clip_vitb32", "none", layers=("block99",)))
+    with pytest.raises(UsageError, match="a1_in1k"):
+        teachers.load(TeacherRequest("timm:resnet18.nothing", "none"))
+
+
+def test_layers_of_the_request_become_the_default_layers() -> None:
+    teacher = teachers.load(TeacherRequest("timm:resnet18.a1_in1k", "none", layers=("stage2",)))
+    assert teacher.default_layers == ("stage2",)
+    assert teacher.spec.name == "timm-resnet18.a1_in1k"
+
+
+def test_a_network_of_one_size_refuses_other_sizes_and_says_which_it_takes() -> None:
+    teacher = teachers.load(TeacherRequest("timm:swin_tiny_patch4_window7_224", "none"))
+    assert [spec.stride_px for spec in teacher.layer_specs(teacher.layer_names, 224)] == [4, 8, 16, 32]
+    with pytest.raises(UsageError, match="224 px only"):
+        teacher.layer_specs(teacher.layer_names, 256)
+
+
+def test_listing_teachers_imports_no_network_and_loading_a_cnn_imports_no_open_clip() -> None:
+    code = (
+        "import sys, rsmtdf_cache.teachers as t; t.names();"
+        "assert not {'torch', 'timm', 'open_clip'} & set(sys.modules), sorted(sys.modules);"
+        "from rsmtdf_cache.teachers.base import TeacherRequest;"
+        "t.load(TeacherRequest('timm:resnet18', 'none'));"
+        "assert 'timm' in sys.modules and 'open_clip' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+# --- numbers of the released RS-MTDF ---------------------------------------------------------------------------------
+
+
+def formula_weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the reference weights: a function of the name and the shape alone (see tests/golden/README.md)."""
+    x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    leaf = name.rsplit(".", 1)[-1]
+    if "norm" in name or ".ln_" in name or name.startswith("ln_"):
+        x = 1 + 0.1 * x if leaf == "weight" else 0.1 * x
+    elif leaf == "gamma":
+        x = 0.5 + 0.1 * x
+    elif leaf in ("pos_embed", "cls_token", "class_embedding", "positional_embedding"):
+        x = 0.5 * x
+    elif leaf == "bias" or leaf.endswith("_bias"):
+        x = 0.02 * x
+    elif len(shape) > 1:
+        x = x / np.sqrt(np.prod(shape[1:]))
+    else:
+        x = 0.02 * x
+    return torch.from_numpy(x.astype(np.float32))
+
+
+def formula_image(seed: int, side: int) -> Tensor:
+    noise = np.random.RandomState(seed).uniform(0, 255, (1, side // 7, side // 7, 3)).astype(np.float32)
+    image = F.interpolate(torch.from_numpy(noise).permute(0, 3, 1, 2), size=(side, side), mode="bilinear")
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (image.round().clamp(0, 255) / 255 - mean) / std
+
+
+def assert_recorded(found: Tensor, key: str) -> None:
+    recorded = json.loads(GOLDEN.read_text())["values"][key]
+    assert list(found.shape) == recorded["shape"]
+    flat = found.flatten()
+    for index, value in recorded["samples"].items():
+        assert abs(float(flat[int(index)]) - value) < 1e-4, (key, index)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "layer", "key"),
+    [
+        ("dinov2_vitb14", "dinov2_vitb14.", "block11", "dinov2_vitb14.layer11"),
+        ("clip_vitl14", "clip_vitl14.visual.", "block23", "clip_vitl14.tokens"),
+    ],
+)
+def test_the_targets_of_the_released_method_are_reproduced(name: str, prefix: str, layer: str, key: str) -> None:
+    teacher = teachers.load(TeacherRequest(name, "none"))
+    assert isinstance(teacher, DenseTeacher)
+    with torch.no_grad():
+        for parameter_name, parameter in teacher.network.named_parameters():
+            parameter.copy_(formula_weight(prefix + parameter_name, tuple(parameter.shape)))
+    image = formula_image(7, 518)
+    assert_recorded(image, "input")
+    if name.startswith("clip"):  # the released code feeds CLIP the student's second input
+        image = F.interpolate(image, size=(224, 224), mode="bilinear", align_corners=True)
+    with torch.inference_mode():
+        tokens = teacher.forward_normalised(image, [layer])[layer]
+    assert_recorded(tokens.flatten(1, 2), key)
