@@ -52,9 +52,7 @@ def evaluate(
     return {kind: matrix.scores() for kind, matrix in matrices.items()}
 
 
-def _batches(
-    source: TileSource, tiles: list[Tile], size: int
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+def _batches(source: TileSource, tiles: list[Tile], size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     def read(start: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         some = tiles[start : start + size]
         return np.stack([source.read_image(t) for t in some]), np.stack([source.read_mask(t) for t in some])

@@ -178,7 +178,7 @@ def draw_curves(path: Path, arms: Mapping[str, Sequence[Path]], title: str = "")
                 for run, values in zip(with_term, smooth, strict=True):
                     axis.plot(run["step"][:length], values, color=color, alpha=0.2, linewidth=0.8)
             axis.plot(with_term[0]["step"][:length], np.mean(smooth, axis=0), color=color, linewidth=1.8, label=arm)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         axis.legend(fontsize=8, frameon=False)
     axes[0].set_ylabel("loss (moving average)", fontsize=9)
     if title:

@@ -14,7 +14,6 @@ import pytest
 from tests.architecture.modules import PACKAGES, ROOT, Module, modules
 
 
-
 def _each(*packages: str) -> pytest.MarkDecorator:
     chosen = [m for m in modules() if m.package in packages]
     return pytest.mark.parametrize("module", chosen, ids=[m.name for m in chosen])

@@ -82,7 +82,9 @@ def test_rows_with_different_arms_are_refused(tmp_path: Path) -> None:
     mask = np.zeros((2, 2), np.uint8)
     image = np.zeros((2, 2, 3), np.uint8)
     with pytest.raises(UsageError, match="same arms"):
-        draw_panel(tmp_path / "p.png", [PanelRow("1", image, mask, {"a": mask}), PanelRow("2", image, mask, {})], CLASSES)
+        draw_panel(
+            tmp_path / "p.png", [PanelRow("1", image, mask, {"a": mask}), PanelRow("2", image, mask, {})], CLASSES
+        )
 
 
 def _log(path: Path, entries: list[dict[str, object]]) -> Path:
