@@ -50,7 +50,12 @@ class _Terminated(KeyboardInterrupt):
 def new_app(help: str) -> typer.Typer:
     """Return an empty command group in the project's manner: plain help (rich help costs 0.2 s), bare call = help."""
     return typer.Typer(
-        help=help, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+        help=help,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rsmtdf_train.alignment import Grid, resample
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.students.base import MapSpec, Student, build_student
 
@@ -23,11 +24,17 @@ __all__ = ["FusedStudent", "TargetShape", "TeacherFusion", "Translator", "build_
 
 @dataclass(frozen=True)
 class TargetShape:
-    """One distillation target: its key ``teacher/scale/layer``, channels, and token stride in tile pixels."""
+    """One distillation target: its key ``teacher/scale/layer``, channels, stride and first centre in tile pixels."""
 
     key: str
     channels: int
     stride_px: float
+    offset_px: float | None = None
+
+    def grid(self, side_px: int) -> Grid:
+        """Return the token centres of a crop of ``side_px`` on the lattice."""
+        offset = self.stride_px / 2 if self.offset_px is None else self.offset_px
+        return Grid(int(side_px / self.stride_px), self.stride_px, offset)
 
 
 class Translator(nn.Module):
@@ -57,6 +64,7 @@ class TeacherFusion(nn.Module):
         self.targets = tuple(targets)
         self.sources = tuple(nearest_map(maps, t.stride_px) for t in targets)
         self.share = share
+        self._maps = tuple(maps)
         self.translators = nn.ModuleList()
         self.projections = nn.ModuleList()
         for target, source in zip(self.targets, self.sources, strict=True):
@@ -72,6 +80,13 @@ class TeacherFusion(nn.Module):
         return {
             target.key: translator(maps_BShw[source])
             for target, source, translator in zip(self.targets, self.sources, self.translators, strict=True)
+        }
+
+    def align(self, translated: dict[str, Tensor], side_px: int) -> dict[str, Tensor]:
+        """Return ``{key: [B, D, n, n]}``: the translations of a square crop, read at the teachers' token centres."""
+        return {
+            target.key: resample(translated[target.key], self._maps[source].grid(side_px), target.grid(side_px))
+            for target, source in zip(self.targets, self.sources, strict=True)
         }
 
     def fuse(self, maps_BShw: Sequence[Tensor], translated: dict[str, Tensor]) -> list[Tensor]:
@@ -107,12 +122,13 @@ class FusedStudent(nn.Module):
         return self.student.decode(maps, (height, width))
 
     def forward_train(self, image_B3HW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return logits ``[B, C, H, W]`` and the translated features ``{key: [B, D, h, w]}`` for the loss."""
+        """Return logits ``[B, C, H, W]`` and translations ``{key: [B, D, n, n]}`` at the teachers' token centres."""
         maps = self.student.encode(image_B3HW)
         translated = self.fusion.translate(maps) if self.fusion is not None else {}
+        height, width = image_B3HW.shape[-2:]
         if self.fusion is not None:
             maps = self.fusion.fuse(maps, translated)
-        height, width = image_B3HW.shape[-2:]
+            translated = self.fusion.align(translated, height)
         return self.student.decode(maps, (height, width)), translated
 
     def predict(self, image_B3HW: Tensor) -> Tensor:

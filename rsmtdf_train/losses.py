@@ -35,14 +35,13 @@ def distillation(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss over the tokens that count, and their mean cosine (detached, for the log).
 
-    ``translated`` is resized bilinearly (``align_corners=False``) to the target's grid. ``mse``: mean squared error
+    ``translated`` is on the target's grid (``alignment.resample``). ``mse``: mean squared error
     over channels (RS-MTDF). ``cosine_smooth_l1``: ``0.9 (1 - cosine) + 0.1 smooth_l1`` (Theia). Tokens of weight 0
     (padding, edges of CutMix) have neither loss nor gradient.
     """
-    size = (target_BhwD.shape[1], target_BhwD.shape[2])
-    if translated_BDhw.shape[-2:] != torch.Size(size):
-        translated_BDhw = F.interpolate(translated_BDhw, size=size, mode="bilinear", align_corners=False)
     mine = translated_BDhw.float().permute(0, 2, 3, 1)
+    if mine.shape != target_BhwD.shape:
+        raise ValueError(f"student features {list(mine.shape)} and target {list(target_BhwD.shape)}: not one grid")
     # a token that does not count may hold anything, even NaN from a hole; 0 * NaN would poison the gradient
     target = torch.where((weight_Bhw > 0).unsqueeze(-1), target_BhwD.float(), 0.0)
     cosine = F.cosine_similarity(mine, target, dim=-1)

@@ -1,4 +1,4 @@
-"""A real, tiny teacher for geometry: its features are mean pixel values of each token's cell, so they tell positions."""
+"""A tiny teacher for geometry: its features are mean pixel values of each token's cell, so they tell positions."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def hub_file(teacher: str, repository: str, filenames: Sequence[str]) -> Path:
         cached = try_to_load_from_cache(repository, filename)
         if isinstance(cached, str) and os.path.isfile(cached):
             return Path(cached)
-    reason = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else _unreachable(str(constants.ENDPOINT))
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(str(constants.ENDPOINT))
     for filename in () if reason else filenames:
         try:
             return Path(hf_hub_download(repository, filename))

@@ -21,7 +21,7 @@ from rsmtdf_cache.teachers._dense import DenseTeacher, build_quietly, spread_lay
 from rsmtdf_cache.teachers._weights import hub_file, take_weights, weights_digest
 from rsmtdf_cache.teachers.base import Teacher, TeacherRequest
 
-__all__ = ["ClipTeacher", "load"]
+__all__ = ["ClipTeacher", "image_tower", "load"]
 
 #: Teacher -> open_clip architecture and tag of its published weights. OpenAI trained with QuickGELU, LAION with GELU.
 _MODELS = {
@@ -46,7 +46,7 @@ def load(request: TeacherRequest, device: torch.device) -> Teacher:
     """
     architecture, tag = _MODELS[request.name]
     published: dict[str, Any] = open_clip.get_pretrained_cfg(architecture, tag)
-    network = build_quietly(lambda: _image_tower(architecture))
+    network = build_quietly(lambda: image_tower(architecture))
 
     def from_hub() -> tuple[Path, str]:
         repository, _, filename = published["hf_hub"].rpartition("/")
@@ -63,7 +63,7 @@ def _image_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return visual or tensors
 
 
-def _image_tower(architecture: str) -> nn.Module:
+def image_tower(architecture: str) -> nn.Module:
     """Return the image tower of an open_clip architecture with its initial weights; no text tower is made."""
     config: dict[str, Any] = open_clip.get_model_config(architecture)
     vision = config["vision_cfg"]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError, did_you_mean
+from rsmtdf_cache.receptive import map_geometry, meta_copy
 from rsmtdf_cache.specs import LayerSpec, PixelSpec, TeacherSpec
 from rsmtdf_cache.teachers._dense import DenseTeacher, build_quietly, spread_layers
-from rsmtdf_cache.teachers._geometry import map_geometry, meta_copy
 from rsmtdf_cache.teachers._weights import hub_file, take_weights, weights_digest
 from rsmtdf_cache.teachers.base import Teacher, TeacherRequest
 
@@ -110,7 +110,9 @@ class TimmTeacher(DenseTeacher):
         strides = [stride for _, _, stride, _ in self._probe(native)]
         plain = len(set(strides)) == 1
         is_norm = plain and not isinstance(getattr(network, "norm", nn.Identity()), nn.Identity)
-        self._only_px = None if self._runs_at(native // max(strides) * max(strides) + max(strides)) else native
+        resizes = not cfg.get("fixed_input_size") or bool(getattr(network, "dynamic_img_size", False))
+        another = (native // max(strides) + 1) * max(strides)
+        self._only_px = None if resizes or self._runs_at(another) else native
         fits = [stride for stride in strides if self._only_px is None or native % stride == 0]
         if plain:
             layer_names = [f"block{i}" for i in range(len(strides))]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rsmtdf_cache.errors import UsageError
+from rsmtdf_train.alignment import Grid
 from rsmtdf_train.recipe import StudentConfig
 
 __all__ = ["Decoder", "Encoder", "MapSpec", "Student", "build_student"]
@@ -21,10 +22,16 @@ __all__ = ["Decoder", "Encoder", "MapSpec", "Student", "build_student"]
 
 @dataclass(frozen=True)
 class MapSpec:
-    """Channels and stride (image pixels per token) of one feature map."""
+    """Channels of one feature map; stride and centre of token 0 in image pixels (None: the middle of its cell)."""
 
     channels: int
     stride_px: int
+    offset_px: float | None = None
+
+    def grid(self, side_px: int) -> Grid:
+        """Return the token centres of a square image of ``side_px``."""
+        offset = self.stride_px / 2 if self.offset_px is None else self.offset_px
+        return Grid(side_px // self.stride_px, self.stride_px, offset)
 
 
 class Encoder(nn.Module, ABC):

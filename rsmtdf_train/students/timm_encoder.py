@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError, did_you_mean
+from rsmtdf_cache.receptive import map_geometry, meta_copy
 from rsmtdf_train.recipe import StudentConfig
 from rsmtdf_train.students.base import Encoder, MapSpec
 
@@ -31,7 +32,9 @@ class StageEncoder(Encoder):
         channels, strides = net.feature_info.channels(), net.feature_info.reduction()
         self.net = net
         self.kept = tuple(i for i, s in enumerate(strides) if s >= 4)
-        self.maps = tuple(MapSpec(channels[i], strides[i]) for i in self.kept)
+        side = 4 * max(strides)  # sides are multiples of the deepest stride, so padding is the same for all of them
+        _, places = map_geometry(meta_copy(net).eval(), side)
+        self.maps = tuple(MapSpec(channels[i], strides[i], places[i].centre + 0.5) for i in self.kept)
         self.mean, self.std = _statistics(net)
 
     def forward(self, image_B3HW: Tensor) -> list[Tensor]:

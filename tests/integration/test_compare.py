@@ -85,7 +85,7 @@ def test_a_finished_comparison_starts_no_run_and_gives_the_same_table(
 
 def test_another_recipe_in_the_same_folder_is_refused(root: Path, compared: tuple[Comparison, list[Event]]) -> None:
     with pytest.raises(MismatchError, match="steps"):
-        compare_arms(recipe(root, steps=4), root / "out", root / "store", jobs=2)
+        compare_arms(recipe(root, steps=4), root / "out", root / "store", arms=["fixmatch"])
 
 
 def test_pictures_show_all_arms(root: Path, compared: tuple[Comparison, list[Event]]) -> None:

@@ -23,7 +23,7 @@ from tests.teachers import load_mean_teacher
 
 ROOT = Path(__file__).parents[2]
 
-#: Builds in a process of its own. ``STEP n COUNT c``: die by SIGKILL right after the c-th time step n of a commit is done.
+#: Builds in a process of its own, and dies by SIGKILL right after the count-th time that a step of a commit is done.
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
@@ -32,7 +32,8 @@ from rsmtdf_cache.build import build_store
 from rsmtdf_cache.request import BuildRequest
 from tests.teachers import load_mean_teacher
 
-data, out, step, count, pause = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
+data, out = Path(sys.argv[1]), Path(sys.argv[2])
+step, count, pause = int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
 seen = 0
 def after(number):
     global seen
@@ -131,8 +132,9 @@ def test_ctrl_c_between_tiles_keeps_committed_units_and_says_how_to_go_on(
         if seen == 5:
             raise KeyboardInterrupt
 
-    values = {"data": data, "out": tmp_path / "s", "teachers": ["mean"], "group_rows": 2, "threads": 1, "micro_batch": 2}
-    with pytest.raises(Interrupted, match="2 shard groups .* safe"):
+    values = {"data": data, "out": tmp_path / "s", "teachers": ["mean"], "group_rows": 2, "threads": 1}
+    values["micro_batch"] = 2
+    with pytest.raises(Interrupted, match=r"2 shard groups .* safe"):
         build_store(BuildRequest.of(values), on_event=stop_at_the_fifth_tile, load_teacher=load_mean_teacher)
     finish(data, tmp_path / "s")
     assert content(tmp_path / "s") == content(whole)

@@ -80,11 +80,9 @@ def test_a_token_of_weight_zero_has_no_loss_and_no_gradient_even_when_its_target
     assert mine.grad[0, :, 1, 1].any()
 
 
-def test_distillation_resizes_to_the_grid_of_the_teacher() -> None:
-    ramp = torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2).expand(1, 1, 2, 2)
-    target = torch.tensor([0.0, 0.25, 0.75, 1.0]).reshape(1, 1, 4, 1).expand(1, 4, 4, 1)  # align_corners=False
-    loss, _ = distillation(ramp, target, torch.ones(1, 4, 4), "mse")
-    assert loss.item() == pytest.approx(0, abs=1e-12)
+def test_distillation_refuses_features_of_another_grid() -> None:
+    with pytest.raises(ValueError, match="grid"):
+        distillation(torch.zeros(1, 1, 2, 2), torch.zeros(1, 4, 4, 1), torch.ones(1, 4, 4), "mse")
 
 
 def test_no_counting_token_gives_zero_and_not_nan() -> None:
@@ -100,9 +98,7 @@ def test_an_unknown_loss_is_refused() -> None:
 def test_distill_term_is_the_weighted_mean_over_targets() -> None:
     config = DistillConfig(loss="mse", weights={"clip*": 3.0})
     translated = {"dino/s64/a": torch.full((1, 1, 1, 1), 2.0), "clip/s64/b": torch.full((1, 1, 1, 1), 1.0)}
-    targets = Targets(
-        {k: torch.zeros(1, 1, 1, 1) for k in translated}, {k: torch.ones(1, 1, 1) for k in translated}
-    )
+    targets = Targets({k: torch.zeros(1, 1, 1, 1) for k in translated}, {k: torch.ones(1, 1, 1) for k in translated})
     loss, cosines = distill_term(config, translated, targets)
     assert loss.item() == pytest.approx((1 * 4 + 3 * 1) / 4)
     assert set(cosines) == {"cosine/dino/s64/a", "cosine/clip/s64/b"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,24 @@ LITE2 = "3a16fc083e364b647371395227ec8fc08dc9ee8d431cc8f80283de621e26c32a"
 VIT_TINY_SEED_0 = "00bc866b170d25784f2aeb2d284bd4ba2576c7e2c0939f1883a8b813678f0a3f"
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def load(name: str, weights: str | Path | None = "none", seed: int = 0) -> DenseTeacher:
     teacher = teachers.load(TeacherRequest(name, weights, seed))
     assert isinstance(teacher, DenseTeacher)
     return teacher
+
+
+@cache
+def seeded(name: str) -> DenseTeacher:
+    """Read-only: shared by the tests of this file."""
+    return load(name)
 
 
 def state(teacher: DenseTeacher) -> dict[str, Tensor]:
@@ -37,28 +53,28 @@ def state(teacher: DenseTeacher) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("name", "digest"), [("efficientnet_lite0", LITE0), ("efficientnet_lite2", LITE2)])
 def test_the_sample_teachers_carry_the_published_weights(name: str, digest: str) -> None:
-    teacher, seeded = load(name, None), load(name)
-    assert teacher.spec.weights == digest != seeded.spec.weights
+    teacher = load(name, None)
+    assert teacher.spec.weights == digest != seeded(name).spec.weights
     assert "package" in teacher.spec.weights_origin and teacher.spec.license == "Apache-2.0"
 
 
-def test_the_pretrained_weights_see_more_alike_in_a_shifted_picture_than_random_ones() -> None:
-    # Mapped wrongly (right shapes, wrong places), a pretrained net would be no better than a random one: its batch norms
-    # would not match what reaches them. Matched ones leave the last stage near the scale they were trained to.
+def test_the_pretrained_weights_are_in_their_right_places() -> None:
+    # Two tensors of one shape in each other's places would pass every check of shapes, but then batch norms would meet
+    # other means than those they were trained on.
     image = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     right = load("efficientnet_lite0", None)
-    inputs: list[tuple[Tensor, nn.Module]] = []
+    inputs: list[tuple[Tensor, Any]] = []
     for module in right.network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_hook(lambda m, i, o: inputs.append((i[0], m)))
+            module.register_forward_hook(lambda m, i, _: inputs.append((i[0], m)))
     right.encode(image, 64, ["stage5"])
     off = [float((x.mean((0, 2, 3)) - m.running_mean).abs().div(m.running_var.sqrt()).median()) for x, m in inputs]
-    assert len(off) > 40 and np.median(off) < 1.0
+    assert len(off) > 40 and np.max(off) < 1.2  # in standard deviations; 100 with biases and means exchanged
 
 
 def test_seeded_weights_are_a_function_of_seed_and_name_alone() -> None:
     torch.manual_seed(1)
-    first = load("timm:vit_tiny_patch16_224")
+    first = seeded("timm:vit_tiny_patch16_224")
     torch.manual_seed(2)
     torch.rand(3)
     before = torch.random.get_rng_state()
@@ -74,9 +90,9 @@ def test_seeded_weights_keep_the_scale_of_a_fresh_network() -> None:
     seed_weights(network, 0)
     convolution: Any = network[0].weight
     linear: Any = network[3].weight
-    assert float(convolution.std()) == pytest.approx((2 / 27) ** 0.5, rel=0.05)
-    assert float(linear.std()) == pytest.approx((1 / 256) ** 0.5, rel=0.02)
-    assert float(linear.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(convolution.detach().std()) == pytest.approx((2 / 27) ** 0.5, rel=0.05)
+    assert float(linear.detach().std()) == pytest.approx((1 / 256) ** 0.5, rel=0.02)
+    assert float(linear.detach().mean()) == pytest.approx(0, abs=1e-3)
     norm: Any = network[1]
     assert torch.equal(norm.weight, torch.ones(64)) and torch.equal(norm.bias, torch.zeros(64))
 
@@ -97,18 +113,21 @@ def test_the_digest_sees_name_shape_dtype_and_value_and_not_the_order_or_counter
     assert len({base, *others}) == 5
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pth", "wrapped"])
 @pytest.mark.parametrize(
-    "name", ["dinov2_vits14", "clip_vitb32", "timm:resnet18", "timm:vit_tiny_patch16_224", "efficientnet_lite0"]
+    ("name", "form"),
+    [
+        ("dinov2_vits14", "safetensors"),
+        ("clip_vitb32", "pth"),
+        ("timm:resnet18", "wrapped.pth"),
+        ("timm:vit_tiny_patch16_224", "safetensors"),
+        ("efficientnet_lite0", "pth"),
+    ],
 )
-def test_a_file_of_a_networks_own_weights_gives_the_same_teacher(name: str, suffix: str, tmp_path: Path) -> None:
-    if suffix == "wrapped" and name != "timm:resnet18":
-        pytest.skip("one network is enough for the wrappers")
-    teacher = load(name, seed=4)
-    file = tmp_path / f"weights.{suffix}"
-    if suffix == "safetensors":
+def test_a_file_of_a_networks_own_weights_gives_the_same_teacher(name: str, form: str, tmp_path: Path) -> None:
+    teacher, file = seeded(name), tmp_path / f"weights.{form}"
+    if form == "safetensors":
         save_file(state(teacher), file)
-    elif suffix == "pth":
+    elif form == "pth":
         torch.save(state(teacher), file)
     else:
         torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state(teacher).items()}}, file)
@@ -119,7 +138,7 @@ def test_a_file_of_a_networks_own_weights_gives_the_same_teacher(name: str, suff
 
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
 def test_the_original_dinov2_layout_is_read(name: str, tmp_path: Path) -> None:
-    teacher = load(name, seed=4)
+    teacher = seeded(name)
     original = state(teacher)
     original["mask_token"] = torch.zeros(1, 384)
     if name.endswith("_reg"):  # the release keeps a position embedding for the class token and adds it itself
@@ -134,7 +153,7 @@ def test_the_original_dinov2_layout_is_read(name: str, tmp_path: Path) -> None:
 
 
 def test_a_whole_clip_in_half_precision_gives_its_image_tower(tmp_path: Path) -> None:
-    teacher = load("clip_vitb32", seed=4)
+    teacher = seeded("clip_vitb32")
     whole = {f"visual.{k}": v.half() for k, v in state(teacher).items()}
     whole |= {"logit_scale": torch.ones(()), "token_embedding.weight": torch.zeros(10, 512)}
     save_file(whole, tmp_path / "clip.safetensors")
@@ -145,7 +164,7 @@ def test_a_whole_clip_in_half_precision_gives_its_image_tower(tmp_path: Path) ->
 
 
 def test_weights_of_another_network_are_refused_with_names_and_shapes(tmp_path: Path) -> None:
-    own = state(load("timm:resnet18"))
+    own = state(seeded("timm:resnet18"))
     cases = {
         "missing": ({k: v for k, v in own.items() if k != "layer2.0.conv1.weight"}, "layer2.0.conv1.weight is missing"),
         "shape": (own | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, r"conv1.weight has shape \(64, 3, 3, 3\), needs"),
@@ -156,8 +175,8 @@ def test_weights_of_another_network_are_refused_with_names_and_shapes(tmp_path: 
         with pytest.raises(MismatchError, match=message):
             load("timm:resnet18", tmp_path / f"{name}.safetensors")
     save_file(own | {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, tmp_path / "head.safetensors")
-    assert load("timm:resnet18", tmp_path / "head.safetensors").spec.weights == load("timm:resnet18").spec.weights
-    for other in ("efficientnet_lite0", "clip_vitb32", "dinov2_vits14", "timm:vit_tiny_patch16_224"):
+    assert load("timm:resnet18", tmp_path / "head.safetensors").spec.weights == seeded("timm:resnet18").spec.weights
+    for other in ("efficientnet_lite0", "clip_vitb32", "dinov2_vits14"):
         with pytest.raises(MismatchError):
             load(other, tmp_path / "head.safetensors")
 
@@ -189,8 +208,9 @@ def test_missing_damaged_and_executable_files_are_resource_errors(tmp_path: Path
     torch.save([1, 2, 3], tmp_path / "list.pth")
     with pytest.raises(MismatchError, match="no named tensors"):
         load("timm:resnet18", tmp_path / "list.pth")
-    script = torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))
-    torch.jit.save(script, str(tmp_path / "archive.pt"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # such archives are what OpenAI publishes, deprecated or not
+        torch.jit.save(torch.jit.script(nn.Identity()), str(tmp_path / "archive.pt"))
     with pytest.raises(ResourceError, match=r"TorchScript archive.*state_dict\(\)"):
         load("timm:resnet18", tmp_path / "archive.pt")
 
@@ -221,7 +241,7 @@ def test_without_a_hub_the_error_names_the_download_command_and_the_weights_way(
 def test_a_file_in_the_hubs_cache_is_used_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
-    teacher = load("timm:resnet18.a1_in1k", seed=9)
+    teacher = seeded("timm:resnet18")
     repository = tmp_path / "models--timm--resnet18.a1_in1k"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
