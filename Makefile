@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.rsmtdf-stamp
 TYPING := build/typing/rsmtdf_cli
 CODE := rsmtdf_cache rsmtdf_train cli tests docs
+# One thread per test process: two processes with two threads each wait for one another on two cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 PYTEST_FLAGS ?= -n 2
 
 .DEFAULT_GOAL := help
@@ -18,20 +20,21 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "rsmtdf needs Python >= 3.11; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Run: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[sample,dev]' -c constraints.txt
+	@echo "installing into $(VENV) (the first time this downloads torch: minutes)"
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[sample,dev]' -c constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## real tiles, real teachers, three trained arms, table and pictures in demo/ (minutes, offline)
 	$(BIN)/rsmtdf bench sample --seeds 1 --out demo
 
 test: $(STAMP) ## run the test suite
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST)
 
 check: $(STAMP) $(TYPING) ## lint, format, types, then the tests
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy -p rsmtdf_cache -p rsmtdf_train -p rsmtdf_cli -p tests
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST)
 
 # mypy does not follow the import finder of an editable install, so it reads cli/ under its installed name here.
 $(TYPING):

@@ -96,7 +96,7 @@ class TeacherSpec(_Spec):
     """Which network, with which weights, reads pixels how. ``weights`` is the digest of the state dict."""
 
     name: str
-    family: Literal["dinov2", "clip", "timm"]
+    family: str
     architecture: str
     weights: str
     weights_origin: str = Field(description="where the weights came from, for people: 'timm hub', 'file', 'seed 0' …")

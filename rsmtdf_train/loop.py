@@ -151,7 +151,7 @@ def _open(recipe: Recipe, out: Path, store_path: Path | None, device: str | None
         store = FeatureStore.open(store_path)
     loader = BatchLoader.open(source, recipe, store, threads)
     shapes = () if loader.targets is None else tuple(
-        TargetShape(key, spec.channels, float(spec.stride_px), float(spec.offset_px)) for key, spec in loader.targets.specs.items()
+        TargetShape(key, t.channels, float(t.stride_px), float(t.offset_px)) for key, t in loader.targets.specs.items()
     )  # fmt: skip
     identity = RunIdentity(
         recipe, store.snapshot if store is not None else None, source.classes, source.ignore_index, shapes
