@@ -44,11 +44,11 @@ fmt: $(STAMP) ## format the code and sort imports
 	$(BIN)/ruff check --fix --quiet $(CODE) || true
 	$(BIN)/ruff format $(CODE)
 
-bench: $(STAMP) ## how fast a store is read and built on this machine (JSON in bench/)
-	$(BIN)/rsmtdf bench store --out bench/store
+bench: $(STAMP) ## how fast a store is read and built on this machine (JSON in bench-out/)
+	$(BIN)/rsmtdf bench store --out bench-out/store
 
 bench-sample: $(STAMP) ## the README's table: three arms, five paired seeds (about half an hour on two cores)
-	$(BIN)/rsmtdf bench sample --seeds 5 --out bench/sample
+	$(BIN)/rsmtdf bench sample --seeds 5 --out bench-out/sample
 
 docs: $(STAMP) ## write docs/cli.md from the commands and check the links of all pages
 	$(BIN)/python docs/build.py

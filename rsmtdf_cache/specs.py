@@ -26,8 +26,8 @@ __all__ = [
     "TeacherSpec",
     "ViewSpec",
     "canonical_json",
-    "digest_of",
     "differing_fields",
+    "digest_of",
 ]
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")

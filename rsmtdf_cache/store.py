@@ -54,6 +54,17 @@ class FeatureStore:
         self.manifest = load_manifest(self.paths)
         self.ledger = Ledger.load(self.paths)
         self._specs = self.ledger.specs()
+        # Read at every crop, so looked up once: which shards of a key are committed, by row group.
+        self._records: dict[FeatureKey, dict[int, ShardRecord]] = {
+            spec.key: {
+                group: shard
+                for group, commit in self.ledger.commits[name].items()
+                for shard in commit.shards
+                if shard.layer == spec.layer.name
+            }
+            for name, record in self.ledger.sets.items()
+            for spec in record.arrays.specs
+        }
         self._shards: dict[tuple[FeatureKey, int], ShardReader] = {}
         self._lock = threading.Lock()
 
@@ -133,11 +144,14 @@ class FeatureStore:
         height, width = sizes.pop() if sizes else spec.grid
         stored = np.empty((len(rows), height, width, spec.layer.channels), codec.dtype)
         valid = np.zeros((len(rows), height, width), np.bool_)
+        shards: dict[int, ShardReader | None] = {}
         for n, (row, crop) in enumerate(zip(rows, crops, strict=True)):
             if not 0 <= row < len(self.tiles):
                 raise UsageError(f"{key}: there is no row {row}, the store has {len(self.tiles)}")
             group, offset = divmod(row, self.manifest.group_rows)
-            shard = self._shard(key, group)
+            if group not in shards:
+                shards[group] = self._shard(key, group)
+            shard = shards[group]
             if shard is None or not shard.present[offset]:
                 stored[n] = codec.fill
                 continue
@@ -189,10 +203,9 @@ class FeatureStore:
         return self.ledger.commits[self.ledger.set_of(key)]
 
     def _shard(self, key: FeatureKey, group: int) -> ShardReader | None:
-        commit = self._commits(key).get(group)
-        if commit is None:
+        record = self._records[key].get(group)
+        if record is None:
             return None
-        record = next(s for s in commit.shards if s.layer == key.layer)
         with self._lock:
             shard = self._shards.get((key, group))
             if shard is None:

@@ -22,9 +22,9 @@ from rsmtdf_train.recipe import AugmentConfig
 from rsmtdf_train.sample import Targets
 
 __all__ = [
+    "CutMixBox",
     "NO_CUTMIX",
     "NO_PHOTOMETRY",
-    "CutMixBox",
     "PhotometricParameters",
     "cutmix",
     "cutmix_targets",

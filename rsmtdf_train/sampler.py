@@ -25,12 +25,20 @@ from rsmtdf_train.augment import (
 )
 from rsmtdf_train.recipe import AugmentConfig
 
-__all__ = ["DEFAULT_LATTICE_PX", "LABELED", "UNLABELED", "Draw", "Geometry", "Stream"]
+__all__ = [
+    "DEFAULT_LATTICE_PX",
+    "Draw",
+    "Geometry",
+    "LABELED",
+    "Stream",
+    "UNLABELED",
+]
 
 #: The lattice of the default views (decision 9); crops of a run without a store lie on it too.
 DEFAULT_LATTICE_PX = 32
 
-LABELED, UNLABELED = 0, 1
+LABELED = 0
+UNLABELED = 1
 
 _ORDER, _GEOMETRY, _PHOTOMETRY, _CUTMIX = range(4)
 

@@ -17,9 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["GREY", "PALETTE", "RGB", "PngError", "PngHeader", "decode_png", "parse_png_header", "read_png_header"]
+__all__ = [
+    "GREY",
+    "GREY_ALPHA",
+    "PALETTE",
+    "PngError",
+    "PngHeader",
+    "RGB",
+    "RGB_ALPHA",
+    "decode_png",
+    "parse_png_header",
+    "read_png_header",
+]
 
-GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
+GREY = 0
+RGB = 2
+PALETTE = 3
+GREY_ALPHA = 4
+RGB_ALPHA = 6
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_BYTES = 33
