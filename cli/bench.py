@@ -89,7 +89,7 @@ def sample(
 @app.command("store")
 @command
 def store(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for data and store; kept.")] = Path("bench-out/store"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for data and store.")] = Path("bench-out/store"),
     teacher: Annotated[str, typer.Option(help="Teacher to build and read.")] = "efficientnet_lite0",
     json: JsonOption = False,
     quiet: QuietOption = False,

@@ -79,6 +79,9 @@ def info(store: StoreArgument, json: JsonOption = False) -> None:
     screen = console()
     screen.print(f"[bold]{_plain(found['path'])}[/]  {_plain(found['dataset'])}, {found['tile_px']}-px tiles: {splits}")
     screen.print(f"snapshot {found['snapshot'][:16]}, {_size(found['nbytes'])}, {found['group_rows']} tiles per shard")
+    if found["quarantined"]:
+        names = ", ".join(sorted(found["quarantined"])[:5])
+        screen.print(f"{len(found['quarantined'])} tiles left out: {_plain(names)}")
     for item in found["teachers"]:
         weights = f"{item['weights_origin']}, sha256 {item['weights'][:12]}"
         screen.print(f"teacher {_plain(item['name'])}: {_plain(item['architecture'])}, weights {_plain(weights)}")

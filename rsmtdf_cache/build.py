@@ -12,7 +12,7 @@ import torch
 from rsmtdf_cache.encode import TileReader, encode_unit
 from rsmtdf_cache.errors import DataError, Interrupted
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
-from rsmtdf_cache.files import build_lock, disk_errors, replace_file
+from rsmtdf_cache.files import build_lock, disk_errors, replace_json
 from rsmtdf_cache.index import Quarantined, index_tiles, new_records
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
@@ -31,7 +31,6 @@ from rsmtdf_cache.plan import (
 )
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.sources import TileSource, open_source
-from rsmtdf_cache.specs import canonical_json
 from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cache.tiles import TileRecord
 from rsmtdf_cache.writer import clear_drafts
@@ -125,9 +124,8 @@ def _run(
     if fresh:
         first_row = -(-len(ledger.table) // manifest.group_rows) * manifest.group_rows
         ledger.add_tiles(first_row, fresh)
-    if report.quarantined:
-        body = [{"id": q.id, "reason": q.reason} for q in report.quarantined]
-        replace_file(paths.quarantine, canonical_json(body).encode())
+    if report.quarantined or paths.quarantine.is_file():
+        replace_json(paths.quarantine, {"tiles": {q.id: q.reason for q in report.quarantined}})
     groups = sorted({ledger.table.row_of(r.id) // manifest.group_rows for r in records})
     reader = TileReader(source, ledger.table)
     for job in jobs:

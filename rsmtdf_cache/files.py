@@ -23,6 +23,7 @@ __all__ = [
     "publish_json",
     "read_json",
     "replace_file",
+    "replace_json",
     "sha256_file",
 ]
 
@@ -58,12 +59,10 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def publish_json(path: Path, value: Mapping[str, Any], tmp: Path) -> bool:
     """Publish ``value`` with its own checksum at ``path`` unless something is there; return whether this did it."""
-    body = dict(value)
-    body["checksum"] = digest_of(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp.mkdir(parents=True, exist_ok=True)
     draft = tmp / f"{path.name}.{uuid.uuid4().hex}"
-    _write_durably(draft, (json.dumps(body, sort_keys=True, indent=1, allow_nan=False) + "\n").encode())
+    _write_durably(draft, _with_checksum(value))
     try:
         os.link(draft, path)
     except FileExistsError:
@@ -74,8 +73,18 @@ def publish_json(path: Path, value: Mapping[str, Any], tmp: Path) -> bool:
     return True
 
 
+def replace_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write ``value`` with its own checksum to ``path`` by atomic replace: for what is derived and may change."""
+    replace_file(path, _with_checksum(value))
+
+
+def _with_checksum(value: Mapping[str, Any]) -> bytes:
+    body = {**value, "checksum": digest_of(value)}
+    return (json.dumps(body, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what ``publish_json`` wrote, without its checksum. Raises ``FindingsError`` when it is damaged."""
+    """Return what was written with a checksum, without the checksum. Raises ``FindingsError`` when it is damaged."""
     try:
         body = json.loads(path.read_bytes())
         checksum = body.pop("checksum")

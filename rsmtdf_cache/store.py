@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from rsmtdf_cache.codecs import load_codec
 from rsmtdf_cache.errors import FindingsError, MismatchError, UsageError, did_you_mean
+from rsmtdf_cache.files import read_json
 from rsmtdf_cache.layout import StorePaths, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import load_manifest
@@ -89,6 +89,14 @@ class FeatureStore:
     def tiles(self) -> TileTable:
         """Which tile has which row."""
         return self.ledger.table
+
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """Tiles that the last build left out, and why. A tile that has a row by now is not among them."""
+        if not self.paths.quarantine.is_file():
+            return {}
+        tiles = read_json(self.paths.quarantine)["tiles"]
+        return {name: reason for name, reason in tiles.items() if name not in self.tiles}
 
     @property
     def snapshot(self) -> str:
@@ -185,16 +193,13 @@ class FeatureStore:
         return {
             "path": str(self.path), "format_version": self.manifest.version, "dataset": self.manifest.dataset,
             "attribution": self.manifest.attribution, "tile_px": self.tile_px, "group_rows": self.manifest.group_rows,
-            "tiles": len(self.tiles._rows), "splits": self.tiles.splits, "snapshot": self.snapshot,
+            "tiles": sum(self.tiles.splits.values()), "quarantined": self.quarantined, "splits": self.tiles.splits,
+            "snapshot": self.snapshot,
             "nbytes": sum(a["nbytes"] for a in arrays),
             "teachers": [t.to_json() for _, t in sorted(teachers.items())],
             "profiles": [dict(p) for p in sorted({tuple(sorted(self._profile(k).items())) for k in self.keys()})],
             "arrays": arrays,
         }  # fmt: skip
-
-    def split_counts(self) -> Counter[str]:
-        """Return the number of tiles per split."""
-        return Counter(self.tiles.splits)
 
     def _profile(self, key: FeatureKey) -> dict[str, Any]:
         return self.ledger.sets[self.ledger.set_of(key)].profile.to_json()

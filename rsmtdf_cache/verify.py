@@ -94,7 +94,7 @@ def _record_files(paths: StorePaths) -> Iterator[Path]:
 
 
 def _damaged_records(paths: StorePaths) -> Iterator[Finding]:
-    for path in _record_files(paths):
+    for path in [*_record_files(paths), *([paths.quarantine] if paths.quarantine.is_file() else [])]:
         try:
             read_json(path)
         except FindingsError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rsmtdf_cache.files import publish_json, replace_file, sha256_file
+from rsmtdf_cache.files import replace_file, replace_json, sha256_file
 from rsmtdf_cache.layout import StorePaths, shard_layout
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest
@@ -31,10 +31,7 @@ def write_derived(paths: StorePaths, manifest: Manifest, ledger: Ledger) -> None
             replace_file(path, data)
     names = [*files, "zarr.json"]
     listing = {paths.relative(paths.zarr / name): sha256_file(paths.zarr / name) for name in sorted(names)}
-    draft = paths.derived.with_suffix(".new")
-    draft.unlink(missing_ok=True)
-    publish_json(draft, {"files": listing}, paths.tmp)
-    draft.replace(paths.derived)
+    replace_json(paths.derived, {"files": listing})
 
 
 def derived_files(manifest: Manifest, ledger: Ledger) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,9 +52,17 @@ class TileDataset:
     """The train tiles of ``source``. Decoded tiles stay in memory up to ``memory_bytes``; threads may share it."""
 
     def __init__(
-        self, source: TileSource, targets: TargetMode | None, geometry: Geometry, memory_bytes: int = 2 * 2**30
+        self,
+        source: TileSource,
+        targets: TargetMode | None,
+        geometry: Geometry,
+        memory_bytes: int = 2 * 2**30,
+        left_out: Collection[str] = (),
     ) -> None:
-        """Raise ``MismatchError`` when tiles, geometry and targets do not fit each other."""
+        """Raise ``MismatchError`` when tiles, geometry and targets do not fit each other.
+
+        ``left_out``: ids of tiles that the build of the store quarantined; no arm of a comparison sees them.
+        """
         if source.tile_px != geometry.tile_px:
             raise MismatchError(
                 f"{source.root} has tiles of {source.tile_px} px, the store holds features of tiles of "
@@ -63,7 +71,8 @@ class TileDataset:
         self.source = source
         self.targets = targets
         self.geometry = geometry
-        tiles = source.tiles(["train"])
+        tiles = [tile for tile in source.tiles(["train"]) if tile.id not in left_out]
+        self.left_out = frozenset(left_out)
         self._tiles: dict[str, Tile] = {tile.id: tile for tile in tiles}
         self._rows = {tile.id: row for row, tile in enumerate(tiles)}
         if targets is not None:
@@ -79,7 +88,9 @@ class TileDataset:
 
     def labeled_ids(self, subset: str) -> list[str]:
         """Return the tiles of a labelled subset. Raises ``DataError`` when it is unknown or leaves the train split."""
-        ids = self.source.split(subset)
+        ids = [tile_id for tile_id in self.source.split(subset) if tile_id not in self.left_out]
+        if not ids:
+            raise DataError(f"{self.source.root}: every tile of the labelled subset {subset!r} is quarantined")
         foreign = [tile_id for tile_id in ids if tile_id not in self._tiles]
         if foreign:
             raise DataError(

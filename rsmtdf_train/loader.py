@@ -62,7 +62,7 @@ class BatchLoader:
             return cls(TileDataset(source, None, Geometry(source.tile_px, recipe.crop_px)), recipe, threads)
         geometry = store_geometry(store, recipe.crop_px, geometry_keys)
         targets = None if recipe.distill is None else CachedTargets(store, recipe.distill.keys, geometry)
-        return cls(TileDataset(source, targets, geometry), recipe, threads)
+        return cls(TileDataset(source, targets, geometry, left_out=store.quarantined), recipe, threads)
 
     @property
     def targets(self) -> TargetMode | None:

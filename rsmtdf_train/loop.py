@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rsmtdf_cache.errors import Interrupted, MismatchError, UsageError
-from rsmtdf_cache.events import Event
+from rsmtdf_cache.events import Event, Warned
 from rsmtdf_cache.files import replace_file
 from rsmtdf_cache.sources import TileSource, open_source
 from rsmtdf_train.checkpoint import (
@@ -96,6 +96,8 @@ def train(
     ``UsageError`` of the recipe.
     """
     run = _open(recipe, out, store_path, device, threads)
+    if left_out := run.loader.dataset.left_out:
+        on_event(Warned(f"{len(left_out)} tiles that the store's build could not use are left out of training"))
     state = build_state(recipe, len(run.identity.classes), run.identity.targets, run.device)
     _check_geometry(recipe, state)
     load_checkpoint(run.folder, run.identity, state)
@@ -117,7 +119,10 @@ def train(
 
 
 def scores_to_json(identity: RunIdentity, split: str, scores: dict[str, Scores], step: int) -> dict[str, Any]:
-    """Return what ``metrics.json`` holds: what was scored, on what, and the scores by checkpoint kind."""
+    """Return what ``metrics.json`` holds: what was scored, on what, and the scores by checkpoint kind.
+
+    ``checkpoint`` and ``miou`` at the top name the deployed choice, the EMA; ``scores`` has both kinds.
+    """
     recipe = identity.recipe
     return {
         "name": recipe.name,
@@ -130,6 +135,8 @@ def scores_to_json(identity: RunIdentity, split: str, scores: dict[str, Scores],
         "targets": {"mode": recipe.targets, "keys": [t.key for t in identity.targets]},
         "fused": recipe.fuse is not None,
         "store": identity.snapshot,
+        "checkpoint": "ema",
+        "miou": scores["ema"].miou if "ema" in scores else None,
         "classes": [c.name for c in identity.classes],
         "scores": {kind: {"checkpoint": kind, **s.to_json()} for kind, s in scores.items()},
     }

@@ -229,3 +229,16 @@ def test_teacher_options_are_parsed_and_unknown_ones_explained() -> None:
     assert asked.layers == ("block7", "block11") and asked.scales == (1.0, 0.5)
     with pytest.raises(UsageError, match="Did you mean 'weights'"):
         parse_teacher("dinov2_vits14,weigths=x.pth")
+
+
+def test_the_store_tells_which_tiles_were_left_out_until_they_are_mended(data: Path, tmp_path: Path) -> None:
+    path = data / "images" / "t002.png"
+    good = path.read_bytes()
+    path.write_bytes(good[:200])
+    build(data, tmp_path / "s")
+    assert list(FeatureStore.open(tmp_path / "s").quarantined) == ["t002"]
+    path.write_bytes(good)
+    build(data, tmp_path / "s")
+    store = FeatureStore.open(tmp_path / "s")
+    assert store.quarantined == {} and "t002" in store.tiles
+    assert verify_store(tmp_path / "s", deep=True) == []
