@@ -134,14 +134,22 @@ class Recipe(_Config):
             return {}
         return None if value is False else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _off_means_off(cls, data: object) -> object:
+        """``targets: none`` turns distillation off, and without distillation there is nothing to fuse."""
+        if isinstance(data, dict):
+            data = dict(data)
+            if data.get("targets") == "none":
+                data["distill"] = None
+            if "distill" in data and data["distill"] in (False, None):
+                data["fuse"] = None
+        return data
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.method == "fixmatch" and self.batch.unlabeled == 0:
             raise ValueError("method fixmatch needs batch.unlabeled > 0")
-        if self.fuse is not None and self.distill is None:
-            raise ValueError("fuse needs distill: it fuses the translated features (set fuse: false)")
-        if self.distill is not None and self.targets == "none":
-            raise ValueError("distill needs targets: cached (or set distill: false and fuse: false)")
         return self
 
     def without_distillation(self) -> Recipe:

@@ -1,0 +1,67 @@
+"""A recipe is validated whole, its errors name the key and what to do, and it survives a round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rsmtdf_cache.errors import UsageError
+from rsmtdf_cli.bundled import bundled_recipe
+from rsmtdf_train.recipe import Recipe, load_recipe
+
+BUNDLED = bundled_recipe("sample")
+
+
+def test_the_bundled_recipe_is_valid_and_comes_back_equal_from_its_own_text(tmp_path: Path) -> None:
+    recipe = load_recipe(BUNDLED)
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stepz=5", "Did you mean 'steps'"),
+        ("optim.lrr=5", "Did you mean 'lr'"),
+        ("steps=many", "steps: .*integer"),
+        ("steps=0", "steps: .*greater than 0"),
+        ("threshold=1.5", "threshold: .*less than or equal to 1"),
+        ("method=fixmtch", "method: .*'supervised' or 'fixmatch'"),
+        ("batch.unlabeled=0", "fixmatch needs batch.unlabeled"),
+        ("steps.deep=1", "has no keys to set"),
+        ("steps", "write key=value"),
+        ("steps=[1", "not YAML"),
+    ],
+)
+def test_a_wrong_override_is_a_usage_error_that_says_what(override: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_recipe(BUNDLED, [override])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "steps: [", "", "\x00"])
+def test_a_file_that_is_no_recipe_is_a_usage_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"r\.yaml"):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_recipe(tmp_path / "missing.yaml")
+
+
+def test_keys_that_are_often_set_take_short_forms() -> None:
+    recipe = load_recipe(BUNDLED, ["student=timm:resnet18", "labeled=10", "distill.weight=2", "fuse=true"])
+    assert recipe.student.encoder == "timm:resnet18" and recipe.labeled == "10"
+    assert recipe.distill is not None and recipe.distill.weight == 2 and recipe.fuse is not None
+
+
+@pytest.mark.parametrize("override", ["distill=false", "targets=none"])
+def test_without_distillation_there_is_nothing_to_fuse(override: str) -> None:
+    recipe = load_recipe(BUNDLED, [override])
+    assert recipe.distill is None and recipe.fuse is None
+
+
+def test_the_paired_baseline_differs_in_distillation_alone() -> None:
+    recipe = load_recipe(BUNDLED)
+    plain = recipe.without_distillation()
+    changed = {n for n in Recipe.model_fields if getattr(recipe, n) != getattr(plain, n)}
+    assert changed == {"distill", "fuse", "targets"}
