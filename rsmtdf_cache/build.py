@@ -14,12 +14,13 @@ from rsmtdf_cache.errors import DataError, Interrupted
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import build_lock, disk_errors, replace_json
 from rsmtdf_cache.index import Quarantined, index_tiles, new_records
-from rsmtdf_cache.layout import StorePaths
+from rsmtdf_cache.layout import ArraySet, StorePaths
 from rsmtdf_cache.ledger import Ledger
-from rsmtdf_cache.manifest import Manifest, create_manifest
+from rsmtdf_cache.manifest import Manifest, create_manifest, refuse_foreign_content
 from rsmtdf_cache.plan import (
     TeacherJob,
     TeacherLoader,
+    array_sets,
     check_space,
     decide_group_rows,
     decide_profile,
@@ -32,6 +33,7 @@ from rsmtdf_cache.plan import (
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.sources import TileSource, open_source
 from rsmtdf_cache.store import FeatureStore
+from rsmtdf_cache.teachers.base import Teacher
 from rsmtdf_cache.tiles import TileRecord
 from rsmtdf_cache.writer import clear_drafts
 from rsmtdf_cache.zarr_metadata import write_derived
@@ -82,8 +84,7 @@ def build_store(
     records, quarantined = index_tiles(source, source.tiles(request.splits), on_event)
     _judge(records, quarantined, request, on_event)
     paths = StorePaths(request.out)
-    ledger = Ledger.load(paths) if paths.manifest.is_file() else None
-    jobs = [plan_teacher(asked, request, source.tile_px, ledger, load_teacher) for asked in request.teachers]
+    jobs = [plan_teacher(asked, request, source.tile_px, load_teacher) for asked in request.teachers]
     specs = [s for job in jobs for s in job.specs]
     report = BuildReport(request.out, dry_run, len(records), quarantined, [])
     refuse_other_content(paths, specs, source, request)
@@ -92,11 +93,12 @@ def build_store(
         report.arrays = [planned_array(s, len(records), rows) for s in specs]
         return report
     with disk_errors(request.out):
+        refuse_foreign_content(request.out)
         request.out.mkdir(parents=True, exist_ok=True)
-        manifest = create_manifest(paths, _manifest(source, decide_group_rows(request, paths, specs)))
         on_wait = lambda: on_event(Warned(f"another build holds {request.out}; waiting for it to end"))  # noqa: E731
         with build_lock(paths.lock, on_wait):
             clear_drafts(paths)
+            manifest = create_manifest(paths, _manifest(source, decide_group_rows(request, paths, specs)))
             try:
                 _run(request, source, records, jobs, paths, manifest, report, on_event)
             except KeyboardInterrupt:
@@ -128,35 +130,36 @@ def _run(
         replace_json(paths.quarantine, {"tiles": {q.id: q.reason for q in report.quarantined}})
     groups = sorted({ledger.table.row_of(r.id) // manifest.group_rows for r in records})
     reader = TileReader(source, ledger.table)
-    for job in jobs:
-        for arrays in job.sets:
+    planned = [(job.teacher, array_sets(job.specs, ledger)) for job in jobs]
+    for teacher, sets in planned:
+        for arrays in sets:
             if arrays.id not in ledger.sets:
-                ledger.add_set(arrays, decide_profile(request, job.teacher))
+                ledger.add_set(arrays, decide_profile(request, teacher))
     write_derived(paths, manifest, ledger)
-    check_space(request.out, ledger, jobs, groups, manifest.group_rows)
-    for job in jobs:
-        _run_teacher(request, job, groups, ledger, manifest, reader, report, on_event)
+    check_space(request.out, ledger, [a for _, sets in planned for a in sets], groups, manifest.group_rows)
+    for teacher, sets in planned:
+        _run_teacher(request, teacher, sets, groups, ledger, manifest, reader, report, on_event)
     write_derived(paths, manifest, ledger)
 
 
 def _run_teacher(
-    request: BuildRequest, job: TeacherJob, groups: list[int], ledger: Ledger, manifest: Manifest, reader: TileReader,
-    report: BuildReport, on_event: EventSink,
+    request: BuildRequest, teacher: Teacher, sets: list[ArraySet], groups: list[int], ledger: Ledger,
+    manifest: Manifest, reader: TileReader, report: BuildReport, on_event: EventSink,
 ) -> None:  # fmt: skip
-    name = job.teacher.spec.name
+    name = teacher.spec.name
     sizes = {g: len(rows_of_group(ledger.table, g, manifest.group_rows)) for g in groups}
-    pending = [(g, a) for g in groups for a in job.sets if g not in ledger.commits[a.id]]
-    total = sum(sizes.values()) * len(job.sets)
+    pending = [(g, a) for g in groups for a in sets if g not in ledger.commits[a.id]]
+    total = sum(sizes.values()) * len(sets)
     left = sum(sizes[g] for g, _ in pending)
-    report.units_before += len(groups) * len(job.sets) - len(pending)
+    report.units_before += len(groups) * len(sets) - len(pending)
     on_event(ProgressStart(name, name, total, total - left))
     started, threads = time.perf_counter(), torch.get_num_threads()
     try:
         for group, arrays in pending:
-            profile = settle_profile(request, job.teacher, ledger.sets[arrays.id].profile)
+            profile = settle_profile(request, teacher, ledger.sets[arrays.id].profile)
             torch.set_num_threads(profile.threads)
             rows = rows_of_group(ledger.table, group, manifest.group_rows)
-            for nbytes in encode_unit(job.teacher, arrays, group, rows, profile, ledger, manifest.group_rows, reader):
+            for nbytes in encode_unit(teacher, arrays, group, rows, profile, ledger, manifest.group_rows, reader):
                 on_event(Progress(name, 1, nbytes))
                 report.nbytes_written += nbytes
             report.units += 1

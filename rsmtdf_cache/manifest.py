@@ -10,7 +10,7 @@ from rsmtdf_cache.errors import FindingsError, MismatchError, UsageError
 from rsmtdf_cache.files import publish_json, read_json
 from rsmtdf_cache.layout import StorePaths
 
-__all__ = ["FORMAT_NAME", "FORMAT_VERSION", "Manifest", "create_manifest", "load_manifest"]
+__all__ = ["FORMAT_NAME", "FORMAT_VERSION", "Manifest", "create_manifest", "load_manifest", "refuse_foreign_content"]
 
 FORMAT_NAME = "rsmtdf-feature-store"
 FORMAT_VERSION = 1
@@ -55,15 +55,20 @@ def load_manifest(paths: StorePaths) -> Manifest:
 def create_manifest(paths: StorePaths, manifest: Manifest) -> Manifest:
     """Publish ``manifest`` unless the store has one, and return the one that counts.
 
-    Raises ``MismatchError`` when the folder holds something else.
+    The caller holds the build lock. Raises ``MismatchError`` when the store has tiles of another size.
     """
     if not paths.manifest.exists():
-        _refuse_foreign_content(paths.root)
         publish_json(paths.manifest, manifest.model_dump(mode="json"), paths.tmp)
-    return load_manifest(paths)
+    found = load_manifest(paths)
+    if found.tile_px != manifest.tile_px:
+        raise MismatchError(f"{paths.root} holds tiles of {found.tile_px} px, not {manifest.tile_px} px")
+    return found
 
 
-def _refuse_foreign_content(root: Path) -> None:
+def refuse_foreign_content(root: Path) -> None:
+    """Raise ``MismatchError`` when ``root`` is neither a store, nor empty, nor what a killed builder left."""
+    if (root / "manifest.json").is_file():
+        return
     if root.exists() and not root.is_dir():
         raise MismatchError(f"--out {root}: a file is there; choose a new or empty folder")
     own = {"ledger", "tmp"}  # what a builder makes before its manifest

@@ -23,6 +23,7 @@ from rsmtdf_cache.views import view_specs
 __all__ = [
     "TeacherJob",
     "TeacherLoader",
+    "array_sets",
     "check_space",
     "decide_group_rows",
     "decide_profile",
@@ -42,17 +43,16 @@ class TeacherLoader(Protocol):
 
 @dataclass
 class TeacherJob:
-    """One teacher's part of a build: the arrays asked for, and the sets whose units hold them."""
+    """One teacher's part of a build: the arrays asked for."""
 
     teacher: Teacher
     specs: list[FeatureSpec]
-    sets: list[ArraySet]
 
 
 def plan_teacher(
-    asked: TeacherAsked, request: BuildRequest, tile_px: int, ledger: Ledger | None, load: TeacherLoader | None
+    asked: TeacherAsked, request: BuildRequest, tile_px: int, load: TeacherLoader | None = None
 ) -> TeacherJob:
-    """Load a teacher and decide its array sets. An array that the store has keeps its set; new ones form one a view."""
+    """Load a teacher and decide its arrays: layers by views."""
     if load is None:
         from rsmtdf_cache.teachers import load as load_by_name
 
@@ -61,27 +61,37 @@ def plan_teacher(
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load(TeacherRequest(asked.name, weights, asked.seed, asked.layers), device=device)
     layers = asked.layers or teacher.default_layers
-    known = ledger.specs() if ledger else {}
-    job = TeacherJob(teacher, [], [])
-    views = view_specs(
-        teacher.spec, tile_px, asked.scales or request.scales, asked.orientations or request.orientations
-    )
-    for view in views:
-        specs = [
-            FeatureSpec(
-                teacher=teacher.spec, layer=layer, view=view, encoding=request.encoding, tile_px=tile_px,
-                grid=teacher.grid(layer.name, view.size_px),
-            )
-            for layer in teacher.layer_specs(layers, view.size_px)
-        ]  # fmt: skip
-        job.specs += specs
-        if ledger:
-            ids = dict.fromkeys(ledger.set_of(s.key) for s in specs if s.key in known)
-            job.sets += [ledger.sets[name].arrays for name in ids]
-        new = tuple(s for s in specs if s.key not in known)
+    scales, orientations = asked.scales or request.scales, asked.orientations or request.orientations
+    specs = [
+        FeatureSpec(
+            teacher=teacher.spec,
+            layer=layer,
+            view=view,
+            encoding=request.encoding,
+            tile_px=tile_px,
+            grid=teacher.grid(layer.name, view.size_px),
+        )
+        for view in view_specs(teacher.spec, tile_px, scales, orientations)
+        for layer in teacher.layer_specs(layers, view.size_px)
+    ]
+    return TeacherJob(teacher, specs)
+
+
+def array_sets(specs: list[FeatureSpec], ledger: Ledger) -> list[ArraySet]:
+    """Return the sets whose units hold ``specs``: an array that the store has keeps its set, new ones form one a view.
+
+    The caller holds the build lock: an array must never come to be in two sets.
+    """
+    known = ledger.specs()
+    sets: list[ArraySet] = []
+    for view in dict.fromkeys(s.view for s in specs):
+        here = [s for s in specs if s.view == view]
+        names = dict.fromkeys(ledger.set_of(s.key) for s in here if s.key in known)
+        sets += [ledger.sets[name].arrays for name in names]
+        new = tuple(s for s in here if s.key not in known)
         if new:
-            job.sets.append(ArraySet(new))
-    return job
+            sets.append(ArraySet(new))
+    return sets
 
 
 def refuse_other_content(
@@ -128,15 +138,14 @@ def planned_array(spec: FeatureSpec, tiles: int, group_rows: int) -> dict[str, A
     }  # fmt: skip
 
 
-def check_space(out: Path, ledger: Ledger, jobs: list[TeacherJob], groups: list[int], group_rows: int) -> None:
+def check_space(out: Path, ledger: Ledger, sets: list[ArraySet], groups: list[int], group_rows: int) -> None:
     """Raise ``ResourceError`` when the disk has less room than the pending units need."""
     need = 0
-    for job in jobs:
-        for arrays in job.sets:
-            for group in groups:
-                if group not in ledger.commits[arrays.id]:
-                    rows = len(rows_of_group(ledger.table, group, group_rows))
-                    need += sum(shard_layout(s, group_rows).nbytes(rows) for s in arrays.specs)
+    for arrays in sets:
+        for group in groups:
+            if group not in ledger.commits[arrays.id]:
+                rows = len(rows_of_group(ledger.table, group, group_rows))
+                need += sum(shard_layout(s, group_rows).nbytes(rows) for s in arrays.specs)
     free = shutil.disk_usage(out).free
     if need > free:
         raise ResourceError(

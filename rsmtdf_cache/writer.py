@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.codecs import load_codec
-from rsmtdf_cache.errors import DataError
+from rsmtdf_cache.errors import DataError, MismatchError
 from rsmtdf_cache.files import fsync_folder
 from rsmtdf_cache.layout import ArraySet, StorePaths, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
@@ -78,7 +78,7 @@ class UnitWriter:
         after_step(2)
         places = {s.layer.name: self._ledger.paths.shard(s.key, self._group) for s in self._arrays.specs}
         for layer, place in places.items():
-            _publish(self._folder / layer, place)
+            self._publish(self._folder / layer, place)
         after_step(3)
         for place in places.values():
             _fsync_up(place.parent, self._ledger.paths.zarr)
@@ -97,6 +97,17 @@ class UnitWriter:
         commit = self._ledger.add_commit(commit)
         after_step(6)
         return commit
+
+    def _publish(self, draft: Path, place: Path) -> None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(draft, place)
+        except FileExistsError:
+            name = self._ledger.paths.relative(place)
+            if any(s.path == name for units in self._ledger.commits.values() for c in units.values() for s in c.shards):
+                raise MismatchError(f"{place}: is committed already; two array sets of this store claim it") from None
+            # No record names this file: a kill left it before its record was published, and nobody has read it.
+            draft.replace(place)
 
     def _refuse_non_finite(self, layer: str, tile_id: str, values: NDArray[np.float32], decoded: NDArray[Any]) -> None:
         bad = int(np.count_nonzero(~np.isfinite(decoded)))
@@ -119,15 +130,6 @@ class UnitWriter:
         for shard in self._shards.values():
             shard.__exit__(kind, error, trace)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _publish(draft: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(draft, place)
-    except FileExistsError:
-        # No record names this file (the caller holds the lock and the unit is pending): a kill left it. Nobody read it.
-        draft.replace(place)
 
 
 def _fsync_up(folder: Path, top: Path) -> None:

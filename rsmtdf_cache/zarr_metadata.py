@@ -4,7 +4,6 @@ ledger, written by atomic replace, and can be made again at any time.
 
 from __future__ import annotations
 
-import asyncio
 import warnings
 from typing import Any
 
@@ -39,7 +38,8 @@ def derived_files(manifest: Manifest, ledger: Ledger) -> dict[str, bytes]:
     import zarr
     from zarr.storage import MemoryStore
 
-    memory = MemoryStore()
+    contents: dict[str, Any] = {}
+    memory = MemoryStore(contents)
     root = zarr.create_group(memory, zarr_format=3)
     table = ledger.table
     root.attrs.update(manifest.model_dump(mode="json"))
@@ -58,11 +58,7 @@ def derived_files(manifest: Manifest, ledger: Ledger) -> dict[str, bytes]:
         # The Zarr community is still specifying consolidated metadata for v3; readers that do not know it ignore it.
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(memory)
-    return asyncio.run(_contents(memory))
-
-
-async def _contents(memory: Any) -> dict[str, bytes]:
-    return {name: value.to_bytes() for name, value in memory._store_dict.items()}
+    return {name: value.to_bytes() for name, value in contents.items()}
 
 
 def _feature_group(root: Any, spec: FeatureSpec, manifest: Manifest, ledger: Ledger, path: str) -> None:

@@ -131,6 +131,13 @@ class FusedStudent(nn.Module):
             translated = self.fusion.align(translated, height)
         return self.student.decode(maps, (height, width)), translated
 
+    def forward_translate(self, image_B3HW: Tensor) -> dict[str, Tensor]:
+        """Return translations ``{key: [B, D, n, n]}`` at the teachers' token centres, without decoding."""
+        if self.fusion is None:
+            return {}
+        maps = self.student.encode(image_B3HW)
+        return self.fusion.align(self.fusion.translate(maps), image_B3HW.shape[-2])
+
     def predict(self, image_B3HW: Tensor) -> Tensor:
         """Return logits ``[B, C, H, W]`` for any size: edges are repeated to the right and below, then cut off."""
         height, width = image_B3HW.shape[-2:]

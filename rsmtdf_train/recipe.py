@@ -74,10 +74,18 @@ class AugmentConfig(_Config):
 
 
 class DistillConfig(_Config):
-    """Distillation of standardised cached features into translated student features."""
+    """Distillation of standardised cached features into translated student features.
+
+    ``view: strong`` (RS-MTDF): labelled and strong, CutMixed crops. ``weak``: labelled and weak crops, photometrically
+    what the teachers saw; one more pass of the student's encoder.
+    """
 
     weight: float = Field(default=1.0, ge=0)
     loss: Literal["mse", "cosine_smooth_l1"] = "cosine_smooth_l1"
+    view: Literal["strong", "weak"] = Field(
+        default="strong",
+        description="unlabelled view that is distilled: the student's own input, or what the teacher saw",
+    )
     keys: tuple[str, ...] = Field(
         default=(), description="glob patterns of teacher/size/layer; empty = all in the store"
     )

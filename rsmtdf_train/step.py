@@ -21,7 +21,7 @@ _SEED_PRIME = 1_000_003
 
 @dataclass(frozen=True)
 class _Mixed:
-    """The unlabelled half after CutMix: what the student sees and is taught."""
+    """The unlabelled half after CutMix: what the student sees and is taught. Targets of weak views stay unmixed."""
 
     strong: Tensor  # [B, 3, H, W]
     pseudo: Tensor  # [B, H, W] int64
@@ -57,6 +57,9 @@ def train_step(
         mixed = _label_and_mix(state, unlabeled, recipe, ignore_index, logs, offsets_px) if unlabeled else None
         images = torch.cat([labeled.image, mixed.strong]) if mixed else labeled.image
         logits, translated = state.student.forward_train(images)
+        if unlabeled and recipe.distill is not None and recipe.distill.view == "weak":
+            clean = state.student.forward_translate(unlabeled.weak)
+            translated = {k: torch.cat([v[: len(labeled.image)], clean[k]]) for k, v in translated.items()}
 
     count = len(labeled.image)
     loss_labeled = supervised_loss(logits[:count], labeled.label, ignore_index)
@@ -107,7 +110,7 @@ def _label_and_mix(
     logs["mask_ratio"] = used.sum() / valid.sum().clamp(min=1)
     logs["pseudo_accuracy"] = ((pseudo == unlabeled.label) & known).sum() / known.sum()  # NaN: nothing to judge
     targets = unlabeled.targets
-    if recipe.distill is not None and targets.features:
+    if recipe.distill is not None and recipe.distill.view == "strong" and targets.features:
         targets = cutmix_targets(targets, boxes, unlabeled.strong.shape[-1], offsets_px)
     return _Mixed(
         strong=cutmix(unlabeled.strong, boxes),

@@ -132,7 +132,9 @@ def append(path: str, text: str) -> Callable[[Path], object]:
 
 
 BAD: dict[str, tuple[int, str, Callable[[Path, Path], tuple[object, ...]]]] = {
-    "missing folder": (3, "nowhere", lambda r, t: ("cache", "build", t / "nowhere", "--out", t / "s", "--teacher", TEACHER)),
+    "missing folder": (
+        3, "nowhere", lambda r, t: ("cache", "build", t / "nowhere", "--out", t / "s", "--teacher", TEACHER),
+    ),
     "image without mask": (3, "t001", break_data(lambda d: (d / "masks" / "t001.png").unlink())),
     "mask without image": (3, "t001", break_data(lambda d: (d / "images" / "t001.png").unlink())),
     "sizes that differ": (3, "t001", break_data(grown_mask)),
@@ -143,8 +145,14 @@ BAD: dict[str, tuple[int, str, Callable[[Path, Path], tuple[object, ...]]]] = {
         2, "Did you mean 'dinov2_vitb14'",
         lambda r, t: ("cache", "build", r / "data", "--out", t / "s", "--teacher", "dinov2_vitb41"),
     ),
-    "unknown split": (3, "trian", lambda r, t: ("cache", "build", r / "data", "--out", t / "s", "--teacher", TEACHER, "--split", "trian")),
-    "unknown key": (2, "Did you mean 'steps'", lambda r, t: ("train", r / "recipe.yaml", "--no-distill", "--out", t / "x", "--set", "stepz=3")),
+    "unknown split": (
+        3, "trian",
+        lambda r, t: ("cache", "build", r / "data", "--out", t / "s", "--teacher", TEACHER, "--split", "trian"),
+    ),
+    "unknown key": (
+        2, "Did you mean 'steps'",
+        lambda r, t: ("train", r / "recipe.yaml", "--no-distill", "--out", t / "x", "--set", "stepz=3"),
+    ),
     "no store for distillation": (2, "--use-cache", lambda r, t: ("train", r / "recipe.yaml", "--out", t / "x")),
     "another store in the way": (
         4, "no feature store",
@@ -160,7 +168,9 @@ BAD: dict[str, tuple[int, str, Callable[[Path, Path], tuple[object, ...]]]] = {
     ),
     "missing weights file": (
         6, "missing.pt",
-        lambda r, t: ("cache", "build", r / "data", "--out", t / "s", "--teacher", f"dinov2_vits14,weights={t}/missing.pt"),
+        lambda r, t: (
+            "cache", "build", r / "data", "--out", t / "s", "--teacher", f"dinov2_vits14,weights={t}/missing.pt",
+        ),
     ),
     "no store to verify": (2, "does not exist", lambda r, t: ("cache", "verify", t / "nowhere")),
     "no run to score": (2, "nowhere", lambda r, t: ("eval", t / "nowhere")),
