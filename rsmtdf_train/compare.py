@@ -145,6 +145,7 @@ def compare_arms(
         )
         for (arm, seed), folder in runs.items()
     ]
+    work.sort(key=lambda job: job.recipe.distill is None)  # the longest runs first, so that no process waits at the end
     run_jobs(work, jobs, on_event)
     scores = {key: _read_scores(folder, checkpoint, without) for key, folder in runs.items()}
     base = [scores[baseline, seed] for seed in seeds]

@@ -21,13 +21,12 @@ _SEED_PRIME = 1_000_003
 
 @dataclass(frozen=True)
 class _Mixed:
-    """The unlabelled half after CutMix: what the student sees and is taught. Targets of weak views stay unmixed."""
+    """The unlabelled half after CutMix: what the student sees, and its pseudo-labels."""
 
     strong: Tensor  # [B, 3, H, W]
     pseudo: Tensor  # [B, H, W] int64
     confidence: Tensor  # [B, H, W]
     valid: Tensor  # [B, H, W] bool
-    targets: Targets
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -46,31 +45,36 @@ def train_step(
     """
     if batch.step != state.step:
         raise ValueError(f"batch of step {batch.step} at step {state.step}")
-    device_type = batch.labeled.image.device.type
     torch.manual_seed(step_seed(recipe.seed, state.step))
     lr = set_learning_rates(state.optimizer, recipe.optim, state.step, recipe.steps)
     weights = term_weights(recipe, state.step)
     logs: dict[str, Tensor | float] = {}
-    labeled, unlabeled = batch.labeled, batch.unlabeled if recipe.method == "fixmatch" else None
-
-    with torch.autocast(device_type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        mixed = _label_and_mix(state, unlabeled, recipe, ignore_index, logs, offsets_px) if unlabeled else None
-        images = torch.cat([labeled.image, mixed.strong]) if mixed else labeled.image
-        logits, translated = state.student.forward_train(images)
-        if unlabeled and recipe.distill is not None and recipe.distill.view == "weak":
-            clean = state.student.forward_translate(unlabeled.weak)
-            translated = {k: torch.cat([v[: len(labeled.image)], clean[k]]) for k, v in translated.items()}
-
-    count = len(labeled.image)
-    loss_labeled = supervised_loss(logits[:count], labeled.label, ignore_index)
-    loss_unlabeled = None
-    if mixed:
-        loss_unlabeled = pseudo_label_loss(
-            logits[count:], mixed.pseudo, mixed.confidence, mixed.valid, recipe.threshold
-        )
-    loss_distill = None
+    loss_labeled: Tensor | None = None
+    loss_unlabeled: Tensor | None = None
+    loss_distill: Tensor | None = None
+    unlabeled = batch.unlabeled if recipe.method == "fixmatch" else None
+    with torch.autocast(batch.labeled.image.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        if weights.labeled == 0 and weights.unlabeled == 0:
+            # Nothing is segmented yet: no pseudo-labels, no decoder.
+            images, targets = _distilled(batch.labeled, unlabeled, recipe, offsets_px)
+            translated = state.student.forward_translate(images)
+        else:
+            mixed = _label_and_mix(state, unlabeled, recipe, ignore_index, logs) if unlabeled else None
+            images = torch.cat([batch.labeled.image, mixed.strong]) if mixed else batch.labeled.image
+            logits, translated = state.student.forward_train(images)
+            count = len(batch.labeled.image)
+            loss_labeled = supervised_loss(logits[:count], batch.labeled.label, ignore_index)
+            if mixed:
+                loss_unlabeled = pseudo_label_loss(
+                    logits[count:], mixed.pseudo, mixed.confidence, mixed.valid, recipe.threshold
+                )
+            targets = batch.labeled.targets
+            if recipe.distill is not None and unlabeled:
+                images, targets = _distilled(batch.labeled, unlabeled, recipe, offsets_px)
+                if recipe.distill.view == "weak":  # what was segmented were the strong views
+                    clean = state.student.forward_translate(images[count:])
+                    translated = {k: torch.cat([v[:count], clean[k]]) for k, v in translated.items()}
     if recipe.distill is not None and translated:
-        targets = _joined(labeled.targets, mixed.targets) if mixed else labeled.targets
         loss_distill, cosines = distill_term(recipe.distill, translated, targets)
         logs |= cosines
     loss = combine(weights, loss_labeled, loss_unlabeled, loss_distill)
@@ -86,7 +90,7 @@ def train_step(
     zero = torch.zeros((), device=loss.device)
     return {
         "loss": loss.detach(),
-        "loss_labeled": loss_labeled.detach(),
+        "loss_labeled": loss_labeled.detach() if loss_labeled is not None else zero,
         "loss_unlabeled": loss_unlabeled.detach() if loss_unlabeled is not None else zero,
         "loss_distill": loss_distill.detach() if loss_distill is not None else zero,
         "lr": lr,
@@ -101,7 +105,6 @@ def _label_and_mix(
     recipe: Recipe,
     ignore_index: int,
     logs: dict[str, Tensor | float],
-    offsets_px: dict[str, float] | None,
 ) -> _Mixed:
     confidence, pseudo = state.ema(unlabeled.weak).float().softmax(dim=1).max(dim=1)
     valid, boxes = unlabeled.valid, unlabeled.cutmix_boxes
@@ -109,16 +112,27 @@ def _label_and_mix(
     known = used & (unlabeled.label != ignore_index)
     logs["mask_ratio"] = used.sum() / valid.sum().clamp(min=1)
     logs["pseudo_accuracy"] = ((pseudo == unlabeled.label) & known).sum() / known.sum()  # NaN: nothing to judge
-    targets = unlabeled.targets
-    if recipe.distill is not None and recipe.distill.view == "strong" and targets.features:
-        targets = cutmix_targets(targets, boxes, unlabeled.strong.shape[-1], offsets_px)
     return _Mixed(
         strong=cutmix(unlabeled.strong, boxes),
         pseudo=cutmix(pseudo, boxes),
         confidence=cutmix(confidence, boxes),
         valid=cutmix(valid, boxes),
-        targets=targets,
     )
+
+
+def _distilled(
+    labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, recipe: Recipe, offsets_px: dict[str, float] | None
+) -> tuple[Tensor, Targets]:
+    """Return the images that are distilled, ``[labelled; unlabelled]``, and their targets."""
+    if unlabeled is None:
+        return labeled.image, labeled.targets
+    if recipe.distill is not None and recipe.distill.view == "weak":
+        return torch.cat([labeled.image, unlabeled.weak]), _joined(labeled.targets, unlabeled.targets)
+    boxes = unlabeled.cutmix_boxes
+    targets = unlabeled.targets
+    if targets.features:
+        targets = cutmix_targets(targets, boxes, unlabeled.strong.shape[-1], offsets_px)
+    return torch.cat([labeled.image, cutmix(unlabeled.strong, boxes)]), _joined(labeled.targets, targets)
 
 
 def _joined(first: Targets, second: Targets) -> Targets:
