@@ -50,7 +50,7 @@ def build(
     values: dict[str, Any] = load_config(config) if config else {}
     given = {
         "data": data, "out": out, "teachers": teacher, "splits": split, "orientations": orientations,
-        "scales": _numbers(scales) if scales else None, "group_rows": group_rows, "device": device,
+        "scales": _numbers(scales) if scales is not None else None, "group_rows": group_rows, "device": device,
         "precision": precision, "micro_batch": micro_batch, "threads": threads,
     }  # fmt: skip
     values |= {name: value for name, value in given.items() if value is not None}

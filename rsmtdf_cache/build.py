@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rsmtdf_cache.encode import TileReader, encode_unit
-from rsmtdf_cache.errors import DataError, Interrupted
+from rsmtdf_cache.errors import DataError, Interrupted, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import build_lock, disk_errors, replace_json
 from rsmtdf_cache.index import Quarantined, index_tiles, new_records
@@ -80,6 +80,7 @@ def build_store(
     """
     started = time.perf_counter()
     source = open_source(request.data)
+    _refuse_store_among_tiles(request)
     source.check(request.splits)
     records, quarantined = index_tiles(source, source.tiles(request.splits), on_event)
     _judge(records, quarantined, request, on_event)
@@ -177,6 +178,12 @@ def _manifest(source: TileSource, group_rows: int) -> Manifest:
         tile_px=source.tile_px, group_rows=group_rows, dataset=source.name, attribution=source.attribution,
         created_by=f"rsmtdf {version('rsmtdf')}",
     )  # fmt: skip
+
+
+def _refuse_store_among_tiles(request: BuildRequest) -> None:
+    for name in ("images", "masks", "splits"):
+        if request.out.resolve().is_relative_to((request.data / name).resolve()):
+            raise UsageError(f"--out {request.out}: lies among the {name} of the dataset; choose a folder of its own")
 
 
 def _judge(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rsmtdf_cache.errors import MismatchError, ResourceError
+from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError
 from rsmtdf_cache.layout import ArraySet, StorePaths, choose_group_rows, shard_layout
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
@@ -61,6 +61,8 @@ def plan_teacher(
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load(TeacherRequest(asked.name, weights, asked.seed, asked.layers), device=device)
     layers = asked.layers or teacher.default_layers
+    if len(set(layers)) != len(layers):
+        raise UsageError(f"{asked.name}: a layer stands twice in {', '.join(layers)}")
     scales, orientations = asked.scales or request.scales, asked.orientations or request.orientations
     specs = [
         FeatureSpec(

@@ -95,11 +95,15 @@ def view_specs(teacher: TeacherSpec, tile_px: int, scales: tuple[float, ...], or
     base = base_size_px(teacher, tile_px)
     views: list[ViewSpec] = []
     for scale in scales:
+        if not (math.isfinite(scale) and scale > 0):
+            raise UsageError(f"scale {scale:g}: scales are positive numbers, such as 0.5, 1, 2")
         size = base * scale
-        if size <= 0 or size != int(size) or int(size) % teacher.patch_px:
+        if size != int(size) or int(size) % teacher.patch_px:
+            good = [s for s in (0.25, 0.5, 1.0, 2.0) if base * s % teacher.patch_px == 0]
             raise UsageError(
                 f"scale {scale:g} makes views of {size:g} px, not a multiple of the {teacher.patch_px}-px patch of "
-                f"{teacher.name}; with tiles of {tile_px} px use powers of two such as 0.5, 1, 2 (scale 1 = {base} px)"
+                f"{teacher.name}; tiles of {tile_px} px can have the scales {', '.join(f'{s:g}' for s in good)} "
+                f"(scale 1 = {base} px)"
             )
         views += [ViewSpec(size_px=int(size), orientation=o) for o in ORIENTATION_SETS[orientations]]
     if len({v.name for v in views}) != len(views):

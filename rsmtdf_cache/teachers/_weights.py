@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rsmtdf_cache.errors import MismatchError, ResourceError
+from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError
 from rsmtdf_cache.teachers.base import TeacherRequest
 
 __all__ = [
@@ -33,9 +33,15 @@ _FILE_HINT = "give a safetensors file, or a torch file that holds tensors only"
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Return ``device`` as a ``torch.device``; raises ``ResourceError`` when this machine does not have it."""
+    """Return ``device`` as a ``torch.device``.
+
+    Raises ``UsageError`` for a name that is no device, ``ResourceError`` when this machine does not have it.
+    """
     try:
         found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device {device}: no such kind of device; use cpu, cuda or cuda:1") from None
+    try:
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -74,8 +74,8 @@ def resolve_name(encoder: str) -> str:
     if not name or not timm.is_model(name):
         known = [*timm.list_models(), *(f"dinov2_vit{size}14" for size in _DINOV2)]
         raise UsageError(
-            f"student.encoder {encoder!r}: not an encoder.{did_you_mean(name.split('.')[0], known)} "
-            "Write timm:NAME (timm.list_models() lists the names) or dinov2_vits14"
+            f"student.encoder {encoder!r}: timm has no encoder {name!r}."
+            f"{did_you_mean(name.split('.')[0], known)} timm.list_models() lists the names; dinov2_vits14 is known too"
         )
     return name
 

@@ -172,6 +172,26 @@ BAD: dict[str, tuple[int, str, Callable[[Path, Path], tuple[object, ...]]]] = {
             "cache", "build", r / "data", "--out", t / "s", "--teacher", f"dinov2_vits14,weights={t}/missing.pt",
         ),
     ),
+    "store among the images": (
+        2, "lies among the images",
+        lambda r, t: ("cache", "build", r / "data", "--out", r / "data" / "images" / "s", "--teacher", TEACHER),
+    ),
+    "a layer twice": (
+        2, "stands twice",
+        lambda r, t: ("cache", "build", r / "data", "--out", t / "s", "--teacher", f"{TEACHER},layers=stage3+stage3"),
+    ),
+    "scale that is no number": (
+        2, "positive numbers",
+        lambda r, t: ("cache", "build", r / "data", "--out", t / "s", "--teacher", TEACHER, "--scales", "nan"),
+    ),
+    "empty scales": (
+        2, "numbers with commas",
+        lambda r, t: ("cache", "build", r / "data", "--out", t / "s", "--teacher", TEACHER, "--scales", ""),
+    ),
+    "device that is none": (
+        2, "no such kind of device",
+        lambda r, t: ("cache", "build", r / "data", "--out", t / "s", "--teacher", TEACHER, "--device", "xyz"),
+    ),
     "no store to verify": (2, "does not exist", lambda r, t: ("cache", "verify", t / "nowhere")),
     "no run to score": (2, "nowhere", lambda r, t: ("eval", t / "nowhere")),
 }  # fmt: skip

@@ -109,7 +109,16 @@ def test_one_lattice_serves_all_default_views() -> None:
     assert lattice_px(specs) == 64
 
 
-@pytest.mark.parametrize(("scales", "orientations"), [((0.3,), 1), ((1.0, 1.0), 1), ((1.0,), 3), ((0.0,), 1)])
+@pytest.mark.parametrize(
+    ("scales", "orientations"),
+    [((0.3,), 1), ((1.0, 1.0), 1), ((1.0,), 3), ((0.0,), 1), ((float("nan"),), 1), ((float("inf"),), 1), ((-1.0,), 1)],
+)
 def test_views_that_make_no_sense_are_refused(scales: tuple[float, ...], orientations: int) -> None:
     with pytest.raises(UsageError):
         view_specs(MeanTeacher().spec, 96, scales, orientations)
+
+
+def test_the_scales_that_a_refusal_names_work() -> None:
+    with pytest.raises(UsageError, match="can have the scales 1, 2 "):
+        view_specs(MeanTeacher().spec.model_copy(update={"patch_px": 32}), 48, (0.5,), 1)
+    assert view_specs(MeanTeacher().spec.model_copy(update={"patch_px": 32}), 48, (1.0, 2.0), 1)
