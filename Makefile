@@ -47,7 +47,7 @@ fmt: $(STAMP) ## format the code and sort imports
 bench: $(STAMP) ## how fast a store is read and built on this machine (JSON in bench-out/)
 	$(BIN)/rsmtdf bench store --out bench-out/store
 
-bench-sample: $(STAMP) ## the README's table: three arms, five paired seeds (about half an hour on two cores)
+bench-sample: $(STAMP) ## the README's table: three arms, five paired seeds (20 minutes on two cores)
 	$(BIN)/rsmtdf bench sample --seeds 5 --out bench-out/sample
 
 docs: $(STAMP) ## write docs/cli.md from the commands and check the links of all pages

@@ -108,6 +108,15 @@ def test_the_predicted_mask_holds_class_numbers(root: Path, tmp_path: Path) -> N
     assert set(np.unique(np.asarray(Image.open(tmp_path / "p" / mask)))) <= {0, 1, 2}
 
 
+def test_preview_draws_one_column_per_array_and_the_tiles(root: Path, tmp_path: Path) -> None:
+    for tiles in (1, 2):
+        out = tmp_path / f"{tiles}.png"
+        assert rsmtdf("cache", "preview", root / "store", root / "data", "--out", out, "--tiles", tiles, "-q") == 0
+    one, two = (Image.open(tmp_path / f"{n}.png").size for n in (1, 2))
+    assert one[0] == two[0] and two[1] > one[1]
+    assert one[0] > 100 * (1 + sum(k.view.endswith("o0") for k in FeatureStore.open(root / "store").keys()))  # noqa: SIM118
+
+
 def break_data(change: Callable[[Path], object]) -> Callable[[Path, Path], tuple[object, ...]]:
     def command(root: Path, tmp: Path) -> tuple[object, ...]:
         data = Path(shutil.copytree(root / "data", tmp / "data"))

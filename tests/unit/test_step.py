@@ -74,8 +74,8 @@ def test_the_distilled_view_is_the_one_the_recipe_names(view: str, depends_on: s
     assert base.unlabeled is not None
     losses = {}
     for name in ("none", "weak", "strong"):
-        other = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(9))
-        changed = batch(**({} if name == "none" else {name: other}))  # type: ignore[arg-type]
+        fresh = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(9))
+        changed = batch(**({} if name == "none" else {name: fresh}))  # type: ignore[arg-type]
         s = state(here)
         s.student.eval()  # batch norm would let one half of the batch see the other
         losses[name] = float(train_step(s, changed, here, 255)["loss_distill"])
