@@ -27,7 +27,7 @@ from rsmtdf_cache.errors import Interrupted, RsmtdfError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rsmtdf_cache.events import EventSink
+    from rsmtdf_cache.events import Event, EventSink
 
 __all__ = ["JsonOption", "QuietOption", "command", "console", "emit_json", "guard", "message", "new_app", "progress"]
 
@@ -45,6 +45,11 @@ _BUG = 1
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM. Like Ctrl-C no ``except Exception`` on the way swallows it."""
+
+
+#: The signal that asked this command to stop. An exception raised by a signal handler is lost when the signal meets a
+#: finaliser or a weak reference's callback, so every event looks here again.
+_requested: list[KeyboardInterrupt] = []
 
 
 def new_app(help: str) -> typer.Typer:
@@ -75,10 +80,12 @@ def command(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def guard() -> Iterator[None]:
     """Turn every exception into one message on stderr and ``SystemExit`` with the code of decision 13.
 
-    SIGTERM acts like Ctrl-C while the block runs (a batch system preempts with it), when this is the main thread.
+    SIGTERM acts like Ctrl-C while the block runs (a batch system preempts with it), when this is the main thread. A
+    signal whose exception gets lost is noticed at the next event.
     """
     main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
+    before = {s: signal.signal(s, _stop) for s in _caught()} if main_thread else {}
+    _requested.clear()
     try:
         yield
         sys.stdout.flush()  # a closed pipe shows here, not in a traceback at exit
@@ -91,12 +98,31 @@ def guard() -> Iterator[None]:
         message(f"interrupted ({what}); what is finished is kept, the same command continues", kind="stopped")
         raise SystemExit(_INTERRUPTED) from None
     finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _terminate(signum: int, frame: object) -> None:
-    raise _Terminated
+def _caught() -> list[signal.Signals]:
+    """Return the signals that stop a command; an ignored Ctrl-C (``nohup``, a background shell) stays ignored."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    return [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGINT]
+
+
+def _stop(signum: int, frame: object) -> None:
+    error = _Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
+    _requested.append(error)
+    raise error
+
+
+def _stopping(sink: EventSink) -> EventSink:
+    """Return ``sink``, raising first when a signal asked to stop and its exception was lost on the way."""
+
+    def checked(event: Event) -> None:
+        if _requested:
+            raise _requested[0]
+        sink(event)
+
+    return checked
 
 
 def _belongs_to_typer(error: Exception) -> bool:
@@ -197,9 +223,9 @@ def progress(quiet: bool = False) -> Iterator[EventSink]:
     from rsmtdf_cli.progress import bars, lines, warnings_only
 
     if quiet:
-        yield warnings_only
+        yield _stopping(warnings_only)
     elif console(stderr=True).is_terminal:
         with bars(console(stderr=True)) as sink:
-            yield sink
+            yield _stopping(sink)
     else:
-        yield lines()
+        yield _stopping(lines())

@@ -248,3 +248,28 @@ def test_the_module_runs_like_the_script() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip()
+
+
+LOSSY = """
+import signal, weakref
+from rsmtdf_cache.events import Progress
+from rsmtdf_cli.console import command, progress
+class Thing: pass
+@command
+def lossy():
+    with progress(quiet=True) as sink:
+        thing = Thing()
+        kept = weakref.ref(thing, lambda _: signal.raise_signal(signal.{name}))
+        del thing  # what the callback raises is printed and dropped by the interpreter
+        print("went on", flush=True)
+        sink(Progress("task", 1))
+        print("never reached")
+lossy()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_whose_exception_was_lost_stops_the_command_at_the_next_event(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LOSSY.format(name=name)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "went on\n", done.stderr
+    assert done.returncode == 5 and "continues" in done.stderr

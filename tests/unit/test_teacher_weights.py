@@ -254,8 +254,10 @@ def test_a_file_in_the_hubs_cache_is_used_without_network(monkeypatch: pytest.Mo
     assert found.spec.weights_origin == "hub timm/resnet18.a1_in1k"
 
 
-def test_a_device_that_is_not_there_is_a_resource_error() -> None:
+def test_a_device_that_is_not_there_is_told_from_one_that_does_not_exist() -> None:
     with pytest.raises(ResourceError, match="choose cpu"):
+        teachers.load(TeacherRequest("timm:resnet18", "none"), "cuda:99")
+    with pytest.raises(UsageError, match="no such kind of device"):
         teachers.load(TeacherRequest("timm:resnet18", "none"), "no-such-device")
 
 
