@@ -39,9 +39,10 @@ def sample(
     Everything lies in DIR; what is there already is kept, so the same command continues and costs little when done.
     """
     from rsmtdf_cache.build import build_store
-    from rsmtdf_cache.request import BuildRequest, load_config
+    from rsmtdf_cache.request import BuildRequest
     from rsmtdf_cache.sources import open_source
     from rsmtdf_cache.sources.landcover import build_sample
+    from rsmtdf_cache.yaml_file import read_yaml
     from rsmtdf_cli.bundled import bundled_recipe
     from rsmtdf_cli.machine import context
     from rsmtdf_train.compare import compare_arms
@@ -54,7 +55,7 @@ def sample(
     with progress(quiet or json) as on_event:
         build_sample(data, on_event)
         seconds["data"] = time.perf_counter() - started
-        asked = load_config(bundled_recipe("sample-store")) | {"data": data, "out": features}
+        asked = read_yaml(bundled_recipe("sample-store"), "--config") | {"data": data, "out": features}
         built = build_store(BuildRequest.of(asked), on_event)
         seconds["store"] = time.perf_counter() - started - seconds["data"]
         comparison = compare_arms(

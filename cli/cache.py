@@ -45,9 +45,10 @@ def build(
 ) -> None:
     """Run frozen teachers over every tile of DATA and store their features; a stopped build continues."""
     from rsmtdf_cache.build import build_store
-    from rsmtdf_cache.request import BuildRequest, load_config
+    from rsmtdf_cache.request import BuildRequest
+    from rsmtdf_cache.yaml_file import read_yaml
 
-    values: dict[str, Any] = load_config(config) if config else {}
+    values: dict[str, Any] = read_yaml(config, "--config") if config else {}
     given = {
         "data": data, "out": out, "teachers": teacher, "splits": split, "orientations": orientations,
         "scales": _numbers(scales) if scales is not None else None, "group_rows": group_rows, "device": device,

@@ -16,7 +16,7 @@ from rsmtdf_cache.files import build_lock, disk_errors, replace_json
 from rsmtdf_cache.index import Quarantined, index_tiles, new_records
 from rsmtdf_cache.layout import ArraySet, StorePaths
 from rsmtdf_cache.ledger import Ledger
-from rsmtdf_cache.manifest import Manifest, create_manifest, refuse_foreign_content
+from rsmtdf_cache.manifest import Manifest, create_manifest, load_manifest, refuse_foreign_content
 from rsmtdf_cache.plan import (
     TeacherJob,
     TeacherLoader,
@@ -88,7 +88,8 @@ def build_store(
     jobs = [plan_teacher(asked, request, source.tile_px, load_teacher) for asked in request.teachers]
     specs = [s for job in jobs for s in job.specs]
     report = BuildReport(request.out, dry_run, len(records), quarantined, [])
-    refuse_other_content(paths, specs, source, request)
+    if paths.manifest.is_file():
+        refuse_other_content(load_manifest(paths), Ledger.load(paths), specs, source, request)
     if dry_run:
         rows = decide_group_rows(request, paths, specs)
         report.arrays = [planned_array(s, len(records), rows) for s in specs]
@@ -122,7 +123,8 @@ def _run(
     manifest: Manifest, report: BuildReport, on_event: EventSink,
 ) -> None:  # fmt: skip
     ledger = Ledger.load(paths)
-    refuse_other_content(paths, [s for job in jobs for s in job.specs], source, request)
+    # Again, under the lock: another builder may have been here since.
+    refuse_other_content(manifest, ledger, [s for job in jobs for s in job.specs], source, request)
     fresh = new_records(ledger.table, records, request.out)
     if fresh:
         first_row = -(-len(ledger.table) // manifest.group_rows) * manifest.group_rows

@@ -55,14 +55,11 @@ def load_manifest(paths: StorePaths) -> Manifest:
 def create_manifest(paths: StorePaths, manifest: Manifest) -> Manifest:
     """Publish ``manifest`` unless the store has one, and return the one that counts.
 
-    The caller holds the build lock. Raises ``MismatchError`` when the store has tiles of another size.
+    The caller holds the build lock, and judges whether the manifest suits its request.
     """
     if not paths.manifest.exists():
         publish_json(paths.manifest, manifest.model_dump(mode="json"), paths.tmp)
-    found = load_manifest(paths)
-    if found.tile_px != manifest.tile_px:
-        raise MismatchError(f"{paths.root} holds tiles of {found.tile_px} px, not {manifest.tile_px} px")
-    return found
+    return load_manifest(paths)
 
 
 def refuse_foreign_content(root: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError
 from rsmtdf_cache.layout import ArraySet, StorePaths, choose_group_rows, shard_layout
 from rsmtdf_cache.ledger import Ledger
-from rsmtdf_cache.manifest import load_manifest
+from rsmtdf_cache.manifest import Manifest, load_manifest
 from rsmtdf_cache.request import BuildRequest, TeacherAsked
 from rsmtdf_cache.sources import TileSource
 from rsmtdf_cache.specs import FeatureSpec, NumericsProfile, differing_fields
@@ -97,28 +97,24 @@ def array_sets(specs: list[FeatureSpec], ledger: Ledger) -> list[ArraySet]:
 
 
 def refuse_other_content(
-    paths: StorePaths, specs: list[FeatureSpec], source: TileSource, request: BuildRequest
+    manifest: Manifest, ledger: Ledger, specs: list[FeatureSpec], source: TileSource, request: BuildRequest
 ) -> None:
     """Raise ``MismatchError`` when the store cannot take ``specs``: same key, another digest; another tile side."""
-    if not paths.manifest.is_file():
-        return
-    manifest = load_manifest(paths)
+    root = ledger.paths.root
     if manifest.tile_px != source.tile_px:
-        raise MismatchError(
-            f"{paths.root} holds tiles of {manifest.tile_px} px, {request.data} has {source.tile_px} px"
-        )
+        raise MismatchError(f"{root} holds tiles of {manifest.tile_px} px, {request.data} has {source.tile_px} px")
     if request.group_rows not in (None, manifest.group_rows):
         raise MismatchError(
-            f"{paths.root} has row groups of {manifest.group_rows}, asked for {request.group_rows}; "
+            f"{root} has row groups of {manifest.group_rows}, asked for {request.group_rows}; "
             "leave --group-rows out, or build into a new folder"
         )
-    known = Ledger.load(paths).specs()
+    known = ledger.specs()
     for spec in specs:
         old = known.get(spec.key)
         if old is not None and old.digest() != spec.digest():
             fields = "\n  ".join(differing_fields(old.to_json(), spec.to_json()))
             raise MismatchError(
-                f"{paths.root} holds another {spec.key}:\n  {fields}\nbuild into a new folder, or ask for what it has"
+                f"{root} holds another {spec.key}:\n  {fields}\nbuild into a new folder, or ask for what it has"
             )
 
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rsmtdf_cache.errors import UsageError, did_you_mean
 from rsmtdf_cache.specs import EncodingSpec
 
-__all__ = ["BuildRequest", "TeacherAsked", "load_config", "parse_teacher"]
+__all__ = ["BuildRequest", "TeacherAsked", "parse_teacher"]
 
 
 class _Asked(BaseModel):
@@ -99,19 +98,6 @@ def parse_teacher(text: str) -> TeacherAsked:
         return TeacherAsked.model_validate(values)
     except ValidationError as error:
         raise UsageError(f"--teacher {text}: " + "; ".join(_explain(error))) from None
-
-
-def load_config(path: Path) -> dict[str, Any]:
-    """Return the keys of a build configuration file. Raises ``UsageError``."""
-    try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not YAML ({error})") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"--config {path}: expected keys and values, found {type(data).__name__}")
-    return data
 
 
 def _explain(error: ValidationError) -> list[str]:

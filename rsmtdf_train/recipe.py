@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rsmtdf_cache.errors import UsageError, did_you_mean
+from rsmtdf_cache.yaml_file import read_yaml
 
 __all__ = [
     "AugmentConfig",
@@ -175,14 +176,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     A relative ``data`` folder is relative to the working directory. Raises ``UsageError`` for a missing or malformed
     file, an unknown key (with "did you mean"), a value of the wrong type or range.
     """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"recipe {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path}: not YAML ({error})") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"recipe {path}: expected keys and values, found {type(data).__name__}")
+    data = read_yaml(path, "recipe")
     for item in overrides:
         _override(data, item)
     try:

@@ -27,12 +27,7 @@ LITE2 = "3a16fc083e364b647371395227ec8fc08dc9ee8d431cc8f80283de621e26c32a"
 VIT_TINY_SEED_0 = "00bc866b170d25784f2aeb2d284bd4ba2576c7e2c0939f1883a8b813678f0a3f"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load(name: str, weights: str | Path | None = "none", seed: int = 0) -> DenseTeacher:
