@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 PYTEST_FLAGS ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fmt bench bench-sample docs
+.PHONY: help setup demo test check fmt bench bench-sample torture docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: $(STAMP) ## how fast a store is read and built on this machine (JSON in b
 
 bench-sample: $(STAMP) ## the README's table: three arms, five paired seeds (20 minutes on two cores)
 	$(BIN)/rsmtdf bench sample --seeds 5 --out bench-out/sample
+
+torture: $(STAMP) ## kill builds, flip bits, cut transfers, fill disks; a table of what was lost (minutes; JSON in bench-out/)
+	$(BIN)/python -m tests.torture --kills 200 --flips 200 --cuts 50 --full 20 --out bench-out/torture.json
 
 docs: $(STAMP) ## write docs/cli.md from the commands and check the links of all pages
 	$(BIN)/python docs/build.py

@@ -24,7 +24,7 @@ class _Entry(NamedTuple):
 COMMANDS: dict[str, _Entry] = {
     "data": _Entry("data", "app", "Make and check datasets; `data sample` builds the land-cover set."),
     "cache": _Entry("cache", "app", "Build, describe and verify stores of teacher features."),
-    "train": _Entry("train", "train", "Train a student from a recipe, with or without cached features."),
+    "train": _Entry("train", "app", "Train a student from a recipe, with or without cached features."),
     "eval": _Entry("evaluate", "evaluate", "Score a run on held-out tiles."),
     "predict": _Entry("predict", "predict", "Segment images with a run."),
     "bench": _Entry("bench", "app", "Reproduce the tables of the README; measure reading and building."),

@@ -137,7 +137,7 @@ def _pictures(comparison: Comparison, source: TileSource, features: Path, folder
     from rsmtdf_train.showcase import picture_arms
 
     opened = FeatureStore.open(features)
-    teachers = sorted({key.teacher for key in opened.keys()})  # noqa: SIM118
+    teachers = sorted({key.teacher for key in opened.keys()})
     pca = [pca_picture(opened, source, folder / f"features-{name}.png", 5, name) for name in teachers]
     return [*picture_arms(comparison, source, folder), *pca]
 

@@ -50,7 +50,7 @@ def measure_store(out: Path, teacher: str, on_event: EventSink) -> dict[str, Any
         images = np.stack([source.read_image(tile) for tile in source.tiles([_SPLIT])])
         batch = store.describe()["profiles"][0]
         network = load(TeacherRequest(teacher))
-        layers = [k.layer for k in store.keys()]  # noqa: SIM118
+        layers = [k.layer for k in store.keys()]
         before = torch.get_num_threads()
         torch.set_num_threads(batch["threads"])
         try:

@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from rsmtdf_cli.console import JsonOption, QuietOption, command, emit_json, message
+from rsmtdf_cli.console import JsonOption, QuietOption, command, emit_json, message, new_app
 
-__all__ = ["train"]
+if TYPE_CHECKING:
+    from rsmtdf_cache.events import Event
+    from rsmtdf_train.recipe import Recipe
+
+__all__ = ["app", "train"]
+
+#: The value of ``--use-cache`` that means: find the store in the catalogue. A folder of that name is ``./auto``.
+AUTO = "auto"
 
 
+class _OptionalStore(TyperCommand):
+    """``--use-cache`` at the end or before another option means ``--use-cache auto``.
+
+    The words are rewritten before anything parses them: an option with an optional value is spelled differently in
+    each version of typer and click.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = list(args)
+        end = words.index("--") if "--" in words else len(words)
+        for i, word in enumerate(words[:end]):
+            last = i + 1 == end
+            if word == "--use-cache" and (last or words[i + 1].startswith("-")):
+                words[i] = f"--use-cache={AUTO}"
+        return super().parse_args(ctx, words)
+
+
+app = new_app("Train a student from a recipe, with or without cached features.")
+
+
+@app.command("train", cls=_OptionalStore)
 @command
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)],
     use_cache: Annotated[
-        Path | None, typer.Option("--use-cache", metavar="STORE", help="Store of cached teacher features.")
+        str | None,
+        typer.Option(
+            "--use-cache",
+            metavar="[STORE[@SNAPSHOT]]",
+            help="Store of cached teacher features: folder or URL. Without a value (or auto): the one of `cache list` "
+            "that fits the recipe.",
+        ),
     ] = None,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Keep what this run reads from being removed by `cache gc`.")
+    ] = False,
     no_distill: Annotated[
         bool, typer.Option("--no-distill", help="The paired baseline: the same recipe without teachers.")
     ] = False,
@@ -32,30 +71,56 @@ def train(
 ) -> None:
     """Train a student and score it on the held-out split. A run that is there already continues where it stopped.
 
-    With --no-distill, --use-cache still decides which crops are drawn, so that both arms see the same ones.
+    With --no-distill, --use-cache still decides which crops are drawn, so that both arms see the same ones. A run that
+    continues reads the snapshot it began with, also when the store has grown since.
     """
     from rsmtdf_cache.errors import UsageError
     from rsmtdf_cli.training import show_metrics, training_progress
     from rsmtdf_train.recipe import load_recipe
 
-    chosen = load_recipe(recipe, set_ or [])
-    if no_distill:
-        chosen = chosen.without_distillation()
+    asked = load_recipe(recipe, set_ or [])
+    chosen = asked.without_distillation() if no_distill else asked
     if chosen.distill is not None and use_cache is None:
-        raise UsageError(
-            f"recipe {recipe} distils from cached teacher features, and no store was given. Either build one with "
-            f"`rsmtdf cache build {chosen.data} --out STORE --teacher NAME` and pass --use-cache STORE, or train the "
-            "baseline with --no-distill"
-        )
+        raise UsageError(_store_missing(recipe, chosen))
+    if pin and use_cache is None:
+        raise UsageError("--pin keeps the store of --use-cache; give both")
     folder = out if out is not None else Path("runs") / f"{chosen.name}-s{chosen.seed}"
-
-    from rsmtdf_train.loop import train as run_training
-
     with training_progress(quiet) as sink:
-        result = run_training(chosen, folder, use_cache, device=device, on_event=sink, tensorboard=tensorboard)
+        store = use_cache
+        if use_cache == AUTO:
+            store = _found(asked, folder, sink)  # by the recipe with its teachers: both arms find one store
+        from rsmtdf_train.loop import train as run_training
+
+        result = run_training(chosen, folder, store, pin=pin, device=device, on_event=sink, tensorboard=tensorboard)
     if not quiet and result.resumed_at == result.steps:
         message(f"{folder} is complete already ({result.steps} steps)", kind="note")
     if json:
         emit_json({"run": folder, "resumed_at": result.resumed_at, **result.metrics})
     elif not quiet:
         show_metrics(result.metrics)
+
+
+def _found(recipe: Recipe, run: Path, on_event: Callable[[Event], None]) -> str:
+    """Return the store that the run began with, else the registered one that fits; say which."""
+    from rsmtdf_train.find_store import find_store
+    from rsmtdf_train.run_store import read_run_store
+
+    begun = read_run_store(run)
+    if begun is not None:
+        message(f"--use-cache: {begun.store}, the store this run began with", kind="note")
+        return begun.store
+    found = find_store(recipe, on_event)
+    newest = f", registered last of {found.others + 1} that fit" if found.others else ""
+    message(f"--use-cache: {found.path} (snapshot {found.snapshot[:12]}{newest})", kind="note")
+    return found.path
+
+
+def _store_missing(file: Path, recipe: Recipe) -> str:
+    from rsmtdf_cache.sources import open_source
+    from rsmtdf_train.find_store import how_to_build
+
+    return (
+        f"recipe {file} distils from cached teacher features, and no store was given. Pass --use-cache STORE (without "
+        "STORE: the one of `rsmtdf cache list` that fits), or train the baseline with --no-distill. "
+        f"{how_to_build(recipe, open_source(recipe.data))}"
+    )

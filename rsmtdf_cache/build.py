@@ -13,9 +13,10 @@ from rsmtdf_cache.encode import TileReader, encode_unit
 from rsmtdf_cache.errors import DataError, Interrupted, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import build_lock, disk_errors, replace_json
+from rsmtdf_cache.head import write_head
 from rsmtdf_cache.index import Quarantined, index_tiles, new_records
 from rsmtdf_cache.layout import ArraySet, StorePaths
-from rsmtdf_cache.ledger import Ledger
+from rsmtdf_cache.ledger import TAIL_MAX, Ledger
 from rsmtdf_cache.manifest import Manifest, create_manifest, load_manifest, refuse_foreign_content
 from rsmtdf_cache.plan import (
     TeacherJob,
@@ -27,16 +28,18 @@ from rsmtdf_cache.plan import (
     plan_teacher,
     planned_array,
     refuse_other_content,
+    revive,
     rows_of_group,
     settle_profile,
 )
 from rsmtdf_cache.request import BuildRequest
+from rsmtdf_cache.share.catalogue import register_store
 from rsmtdf_cache.sources import TileSource, open_source
 from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cache.teachers.base import Teacher
 from rsmtdf_cache.tiles import TileRecord
+from rsmtdf_cache.upkeep.canary import check_canary, will_grow
 from rsmtdf_cache.writer import clear_drafts
-from rsmtdf_cache.zarr_metadata import write_derived
 
 __all__ = ["BuildReport", "build_store"]
 
@@ -113,6 +116,7 @@ def build_store(
     report.seconds = time.perf_counter() - started
     store = FeatureStore.open(request.out, verify_reads="never")
     report.snapshot = store.snapshot
+    register_store(request.out, request.data, manifest.dataset, on_event)
     asked = {str(s.key) for s in specs}
     report.arrays = [a for a in store.describe()["arrays"] if a["key"] in asked]
     return report
@@ -126,6 +130,10 @@ def _run(
     # Again, under the lock: another builder may have been here since.
     refuse_other_content(manifest, ledger, [s for job in jobs for s in job.specs], source, request)
     fresh = new_records(ledger.table, records, request.out)
+    for job in jobs:  # before anything is written: a teacher that changed without a name adds nothing
+        if will_grow(ledger, job.specs, [r.id for r in records], manifest.group_rows):
+            reader = TileReader(source, ledger.table)
+            check_canary(job.teacher, ledger, reader, manifest.group_rows, on_event=on_event)
     if fresh:
         first_row = -(-len(ledger.table) // manifest.group_rows) * manifest.group_rows
         ledger.add_tiles(first_row, fresh)
@@ -133,16 +141,18 @@ def _run(
         replace_json(paths.quarantine, {"tiles": {q.id: q.reason for q in report.quarantined}})
     groups = sorted({ledger.table.row_of(r.id) // manifest.group_rows for r in records})
     reader = TileReader(source, ledger.table)
+    revive(ledger, [s for job in jobs for s in job.specs])
     planned = [(job.teacher, array_sets(job.specs, ledger)) for job in jobs]
     for teacher, sets in planned:
         for arrays in sets:
             if arrays.id not in ledger.sets:
                 ledger.add_set(arrays, decide_profile(request, teacher))
-    write_derived(paths, manifest, ledger)
+    write_head(paths, manifest, ledger, final=False)
     check_space(request.out, ledger, [a for _, sets in planned for a in sets], groups, manifest.group_rows)
     for teacher, sets in planned:
         _run_teacher(request, teacher, sets, groups, ledger, manifest, reader, report, on_event)
-    write_derived(paths, manifest, ledger)
+    ledger.compact()
+    write_head(paths, manifest, ledger)
 
 
 def _run_teacher(
@@ -166,6 +176,8 @@ def _run_teacher(
                 on_event(Progress(name, 1, nbytes))
                 report.nbytes_written += nbytes
             report.units += 1
+            if report.units % TAIL_MAX == 0:
+                ledger.compact()
     finally:
         torch.set_num_threads(threads)
     on_event(ProgressEnd(name))

@@ -70,7 +70,7 @@ def encode_unit(
     decoded, and the one before written, while the teacher works.
     """
     view = arrays.specs[0].view
-    layers = [s.layer.name for s in arrays.specs]
+    layers = [s.layer.name for s in ledger.live(arrays.id)]
     size = profile.micro_batch
     batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
     with (

@@ -1,4 +1,8 @@
-"""The few file-system operations that durability rests on. See ``docs/decisions/0002-commit.md``."""
+"""The few file-system operations that durability rests on, numbered in ``FORMAT.md``.
+
+Everything in a store is made, linked, replaced and removed through this module, and each operation is told to
+``observe``: tests record them, and rebuild what a loss of power after any of them would leave.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rsmtdf_cache.errors import FindingsError, ResourceError
 from rsmtdf_cache.specs import digest_of
@@ -19,13 +23,38 @@ from rsmtdf_cache.specs import digest_of
 __all__ = [
     "build_lock",
     "disk_errors",
+    "fsync_file",
     "fsync_folder",
+    "is_locked",
+    "link_file",
+    "make_folders",
+    "observe",
     "publish_json",
     "read_json",
+    "remove_file",
+    "rename_file",
     "replace_file",
     "replace_json",
     "sha256_file",
 ]
+
+#: Records are small; a larger one is hostile or damaged.
+RECORD_NBYTES_MAX = 256 * 2**20
+
+
+def _nobody(operation: str, *paths: Path) -> None:
+    pass
+
+
+#: Called after each operation with its name (mkdir, fsync, fsync_folder, link, rename, unlink) and paths.
+observe: Callable[..., None] = _nobody
+
+
+def fsync_file(file: IO[bytes], path: Path) -> None:
+    """Make the content of the open ``file`` durable."""
+    file.flush()
+    os.fsync(file.fileno())
+    observe("fsync", path)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -35,41 +64,88 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+    observe("fsync_folder", folder)
+
+
+def make_folders(folder: Path) -> None:
+    """Make ``folder`` and what is missing above it; every new name is durable."""
+    missing = []
+    here = folder
+    while not here.is_dir():
+        missing.append(here)
+        here = here.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        observe("mkdir", new)
+        fsync_folder(new.parent)
+
+
+def link_file(draft: Path, place: Path) -> bool:
+    """Give ``draft`` the second name ``place`` unless something has it; return whether this did it."""
+    try:
+        os.link(draft, place)
+    except FileExistsError:
+        return False
+    observe("link", draft, place)
+    return True
+
+
+def rename_file(draft: Path, place: Path) -> None:
+    """Rename ``draft`` to ``place``, replacing what is there in one step."""
+    draft.replace(place)
+    observe("rename", draft, place)
+
+
+def remove_file(path: Path) -> None:
+    """Remove ``path`` if it is there. Make it durable with ``fsync_folder`` where the order matters."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    observe("unlink", path)
 
 
 def _write_durably(path: Path, data: bytes) -> None:
     with path.open("xb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        fsync_file(file, path)
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader, or a crash, sees the old or the new content and nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         _write_durably(draft, data)
-        draft.replace(path)
+        rename_file(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 
 
-def publish_json(path: Path, value: Mapping[str, Any], tmp: Path) -> bool:
-    """Publish ``value`` with its own checksum at ``path`` unless something is there; return whether this did it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp.mkdir(parents=True, exist_ok=True)
+def _no_step(step: int) -> None:
+    pass
+
+
+def publish_json(path: Path, value: Mapping[str, Any], tmp: Path, after_step: Callable[[int], None] = _no_step) -> bool:
+    """Publish ``value`` with its own checksum at ``path`` unless something is there; return whether this did it.
+
+    ``after_step`` is called with 5 (draft durable), 6 (linked) and 7 (name durable), the steps of a commit.
+    """
+    make_folders(path.parent)
+    make_folders(tmp)
     draft = tmp / f"{path.name}.{uuid.uuid4().hex}"
     _write_durably(draft, _with_checksum(value))
     try:
-        os.link(draft, path)
-    except FileExistsError:
-        return False
+        after_step(5)
+        if not link_file(draft, path):
+            return False
+        after_step(6)
     finally:
-        draft.unlink(missing_ok=True)
+        remove_file(draft)
     fsync_folder(path.parent)
+    after_step(7)
     return True
 
 
@@ -84,17 +160,21 @@ def _with_checksum(value: Mapping[str, Any]) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what was written with a checksum, without the checksum. Raises ``FindingsError`` when it is damaged."""
+    """Return what was written with a checksum, without the checksum.
+
+    Raises ``FindingsError`` when it is damaged or not of a record's size, ``FileNotFoundError`` when it is not there.
+    """
+    hint = "run `rsmtdf cache verify` on the store"
+    if path.stat().st_size > RECORD_NBYTES_MAX:
+        raise FindingsError(f"{path}: {path.stat().st_size} bytes, a record has at most {RECORD_NBYTES_MAX}; {hint}")
     try:
         body = json.loads(path.read_bytes())
         checksum = body.pop("checksum")
         intact = digest_of(body) == checksum
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise FindingsError(
-            f"{path}: not a readable record ({error}); run `rsmtdf cache verify` on the store"
-        ) from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise FindingsError(f"{path}: not a readable record ({type(error).__name__}: {error}); {hint}") from None
     if not intact:
-        raise FindingsError(f"{path}: its checksum does not fit its content; run `rsmtdf cache verify` on the store")
+        raise FindingsError(f"{path}: its checksum does not fit its content; {hint}")
     return dict(body)
 
 
@@ -126,7 +206,7 @@ def build_lock(path: Path, on_wait: Any = None) -> Iterator[None]:
 
     A second builder waits; ``on_wait()`` is called once before it does.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,3 +215,15 @@ def build_lock(path: Path, on_wait: Any = None) -> Iterator[None]:
                 on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a builder holds the lock now."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

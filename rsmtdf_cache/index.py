@@ -1,4 +1,4 @@
-"""Look at every tile once before a build: decode it, take its digest, put aside what cannot be used."""
+"""Look at every tile once before a build: take the digest of its pixels, put aside what cannot be used."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from rsmtdf_cache.errors import MismatchError, TileError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart
 from rsmtdf_cache.sources.base import Tile, TileSource
+from rsmtdf_cache.tile_digests import TileDigests
 from rsmtdf_cache.tiles import TileRecord, TileTable, pixel_digest
 
 __all__ = ["Quarantined", "index_tiles", "new_records"]
@@ -32,13 +33,15 @@ def index_tiles(
     records: list[TileRecord] = []
     quarantined: list[Quarantined] = []
     on_event(ProgressStart("index", "reading tiles", len(tiles)))
+    digests = TileDigests(source.root, source.tile_px)
     with ThreadPoolExecutor(_WORKERS) as pool:
-        for found in pool.map(lambda tile: _look(source, tile), tiles):
+        for found in pool.map(lambda tile: _look(source, tile, digests), tiles):
             if isinstance(found, TileRecord):
                 records.append(found)
             else:
                 quarantined.append(found)
             on_event(Progress("index", 1))
+    digests.save()
     on_event(ProgressEnd("index"))
     return records, quarantined
 
@@ -57,11 +60,14 @@ def new_records(table: TileTable, records: Sequence[TileRecord], store: Path) ->
     return [r for r in records if r.id not in table]
 
 
-def _look(source: TileSource, tile: Tile) -> TileRecord | Quarantined:
-    try:
-        digest = pixel_digest(source.read_image(tile))
-    except TileError as error:
-        return Quarantined(tile.id, error.reason)
+def _look(source: TileSource, tile: Tile, digests: TileDigests) -> TileRecord | Quarantined:
+    digest = digests.find(tile.image)
+    if digest is None:
+        try:
+            digest = pixel_digest(source.read_image(tile))
+        except TileError as error:
+            return Quarantined(tile.id, error.reason)
+        digests.keep(tile.image, digest)
     place = tile.georeference
     path = tile.image.relative_to(source.root).as_posix() if tile.image.is_relative_to(source.root) else tile.image.name
     return TileRecord(tile.id, digest, tile.split, path, place.crs if place else "", place.affine if place else ())

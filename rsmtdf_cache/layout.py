@@ -43,12 +43,37 @@ class StorePaths:
         return self.ledger / "build.lock"
 
     @property
-    def derived(self) -> Path:
-        return self.ledger / "derived.json"
+    def head(self) -> Path:
+        return self.ledger / "head.json"
 
     @property
     def quarantine(self) -> Path:
         return self.ledger / "quarantine.json"
+
+    @property
+    def dropped(self) -> Path:
+        return self.ledger / "dropped.json"
+
+    @property
+    def pins(self) -> Path:
+        return self.root / "pins"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.ledger / "snapshots"
+
+    @property
+    def segments(self) -> Path:
+        return self.ledger / "segments"
+
+    def snapshot(self, root_hash: str) -> Path:
+        return self.snapshots / f"{root_hash}.json"
+
+    def segment(self, digest: str) -> Path:
+        return self.segments / f"{digest}.parquet"
+
+    def pin(self, name: str) -> Path:
+        return self.pins / f"{name}.json"
 
     def tile_segment(self, first_row: int) -> Path:
         return self.ledger / "tiles" / f"{first_row:010d}.json"
@@ -56,8 +81,9 @@ class StorePaths:
     def array_set(self, set_id: str) -> Path:
         return self.ledger / "sets" / f"{set_id}.json"
 
-    def commit(self, set_id: str, group: int) -> Path:
-        return self.ledger / "commits" / set_id / f"{group:08d}.json"
+    def commit(self, set_id: str, group: int, generation: int = 0) -> Path:
+        suffix = f"-{generation}" if generation else ""
+        return self.ledger / "commits" / set_id / f"{group:08d}{suffix}.json"
 
     def shard(self, key: FeatureKey, group: int) -> Path:
         return self.zarr / key.teacher / key.view / key.layer / "features" / "c" / str(group) / "0" / "0" / "0"

@@ -1,118 +1,122 @@
 """The ledger: which tiles have rows, which arrays exist, which units are committed. Readers trust nothing else.
 
-One JSON record per fact, published put-if-absent, each with its own checksum. Records never change.
+One JSON record per fact, published put-if-absent, each with its own checksum; commits are compacted into Parquet
+segments as they grow many. Records never change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
+from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError
-from rsmtdf_cache.files import publish_json, read_json, replace_file, sha256_file
+from rsmtdf_cache.files import fsync_folder, publish_json, read_json, remove_file, replace_file, replace_json
+from rsmtdf_cache.files import sha256_file as _sha256
 from rsmtdf_cache.layout import ArraySet, StorePaths
+from rsmtdf_cache.records import Commit, SetRecord, ShardRecord, read_commit, read_set
+from rsmtdf_cache.segment import read_segment_commits, read_segment_stats, write_segment
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec, NumericsProfile, digest_of
 from rsmtdf_cache.stats import ChannelStats
 from rsmtdf_cache.tiles import TileRecord, TileTable, read_segment, segment_bytes
 
-__all__ = ["Commit", "Ledger", "SetRecord", "ShardRecord"]
+__all__ = ["Commit", "Ledger", "SEGMENTS_MAX", "SetRecord", "ShardRecord", "TAIL_MAX"]
+
+#: That many commit records are folded into a segment, that many segments into one.
+TAIL_MAX = 256
+SEGMENTS_MAX = 16
+
+_Segments = Mapping[int, Sequence[TileRecord]]
 
 
-@dataclass(frozen=True)
-class ShardRecord:
-    """One committed shard: where it lies, what its bytes are, what they hold."""
-
-    layer: str
-    path: str
-    nbytes: int
-    sha256: str
-    stats: ChannelStats
+def _no_step(step: int) -> None:
+    pass
 
 
-@dataclass(frozen=True)
-class Commit:
-    """One committed unit: rows ``[start, stop)`` of a row group, one shard per layer."""
-
-    set_id: str
-    group: int
-    start: int
-    stop: int
-    profile: NumericsProfile
-    shards: tuple[ShardRecord, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        shards = [
-            {"layer": s.layer, "path": s.path, "nbytes": s.nbytes, "sha256": s.sha256, "stats": s.stats.to_json()}
-            for s in self.shards
-        ]
-        return {
-            "set": self.set_id, "group": self.group, "start": self.start, "stop": self.stop,
-            "profile": self.profile.to_json(), "shards": shards,
-        }  # fmt: skip
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Commit:
-        shards = tuple(
-            ShardRecord(s["layer"], s["path"], s["nbytes"], s["sha256"], ChannelStats.from_json(s["stats"]))
-            for s in data["shards"]
-        )
-        profile = NumericsProfile.from_json(data["profile"])
-        return cls(data["set"], data["group"], data["start"], data["stop"], profile, shards)
-
-
-@dataclass(frozen=True)
-class SetRecord:
-    """An array set of the store and the numerics profile it is encoded in."""
-
-    arrays: ArraySet
-    profile: NumericsProfile
+class _SetMissingError(FindingsError):
+    """A commit names a set without a record: damage, unless a collection removed it between two looks."""
 
 
 @dataclass
 class Ledger:
-    """What the records said when ``load`` read them: a consistent picture that later commits do not disturb."""
+    """What the records said when ``load`` read them: a consistent picture that later commits do not disturb.
+
+    ``commits``: set → row group → the commit of the latest generation. ``dropped``: (set, layer) that count no more.
+    """
 
     paths: StorePaths
-    table: TileTable
+    segments: _Segments = field(default_factory=dict)  # tile records by first row
     sets: dict[str, SetRecord] = field(default_factory=dict)
-    commits: dict[str, dict[int, Commit]] = field(default_factory=dict)
+    generations: dict[tuple[str, int], dict[int, Commit]] = field(default_factory=dict)
+    dropped: frozenset[tuple[str, str]] = frozenset()
+    table: TileTable = field(init=False)
+    commits: dict[str, dict[int, Commit]] = field(init=False)
+    _stats: dict[tuple[str, int, int, str], ChannelStats] | None = None
+
+    def __post_init__(self) -> None:
+        self.table = TileTable(list(self.segments.items()))
+        self.commits = {name: {} for name in self.sets}
+        for (name, group), generations in sorted(self.generations.items()):
+            self.commits[name][group] = generations[max(generations)]
 
     @classmethod
     def load(cls, paths: StorePaths) -> Ledger:
-        """Return the ledger on disk. Raises ``FindingsError`` when a record is damaged."""
-        ledger = cls(paths, _load_table(paths))
-        for path in sorted((paths.ledger / "sets").glob("*.json")):
-            ledger.sets[path.stem] = _set_record(path)
-            ledger.commits[path.stem] = {}
-        for path in sorted((paths.ledger / "commits").glob("*/*.json")):
-            commit = _commit(path)
-            if commit.set_id != path.parent.name or commit.set_id not in ledger.sets:
-                raise FindingsError(f"{path}: the record belongs to the array set {commit.set_id!r}, which is not here")
-            ledger.commits[commit.set_id][commit.group] = commit
-        return ledger
+        """Return the ledger on disk, whoever writes to it meanwhile. Raises ``FindingsError`` for a damaged record."""
+        for _ in range(20):  # a file that was compacted or collected between listing and reading: look again
+            try:
+                return _load(paths)
+            except (FileNotFoundError, _SetMissingError):
+                continue
+        return _load(paths)
 
     # -- questions
 
     def specs(self) -> dict[FeatureKey, FeatureSpec]:
         """Every array of the store by its key."""
-        return {s.key: s for record in self.sets.values() for s in record.arrays.specs}
+        return {s.key: s for name in self.sets for s in self.live(name)}
+
+    def live(self, set_id: str) -> list[FeatureSpec]:
+        """Return the arrays of a set that were not dropped."""
+        specs = self.sets[set_id].arrays.specs
+        return [s for s in specs if (set_id, s.layer.name) not in self.dropped]
 
     def set_of(self, key: FeatureKey) -> str:
         """Return the id of the array set that holds ``key``. Raises ``KeyError``."""
-        for name, record in self.sets.items():
-            if any(s.key == key for s in record.arrays.specs):
+        for name in self.sets:
+            if any(s.key == key for s in self.live(name)):
                 return name
         raise KeyError(key)
+
+    def shards(self, key: FeatureKey) -> dict[int, ShardRecord]:
+        """Return the committed shards of ``key`` by row group, in row order."""
+        found = {group: c.shard(key.layer) for group, c in sorted(self.commits[self.set_of(key)].items())}
+        return {group: shard for group, shard in found.items() if shard is not None}
 
     def stats(self, key: FeatureKey) -> ChannelStats:
         """Return the statistics of all committed shards of ``key``, added in row order."""
         commits = self.commits[self.set_of(key)]
-        parts = [s.stats for g in sorted(commits) for s in commits[g].shards if s.layer == key.layer]
+        parts = [self.stats_of(commits[g], key.layer) for g in self.shards(key)]
         return ChannelStats.total(parts, self.specs()[key].layer.channels)
+
+    def stats_of(self, commit: Commit, layer: str) -> ChannelStats:
+        """Return the statistics of one shard, from its record or from the segment it was compacted into."""
+        shard = commit.shard(layer)
+        if shard is None:
+            raise KeyError(layer)
+        if shard.stats is not None:
+            return shard.stats
+        if self._stats is None:
+            self._stats = {k: v for path in _segment_files(self.paths) for k, v in read_segment_stats(path)}
+        try:
+            return self._stats[commit.set_id, commit.group, commit.generation, layer]
+        except KeyError:
+            raise FindingsError(f"{self.paths.segments}: lack the statistics of {shard.path}") from None
+
+    def complete(self, commit: Commit) -> Commit:
+        """Return ``commit`` with the statistics of every shard read."""
+        shards = tuple(replace(s, stats=self.stats_of(commit, s.layer)) for s in commit.shards)
+        return replace(commit, shards=shards)
 
     def snapshot(self) -> str:
         """Return the identity of the content: no time, host or order of commits in it (decision 7)."""
@@ -121,8 +125,38 @@ class Ledger:
             for units in self.commits.values()
             for c in units.values()
             for s in c.shards
+            if (c.set_id, s.layer) not in self.dropped
         )
         return digest_of({"shards": shards, "tiles": self.table.digest()})
+
+    def content(self) -> Content:
+        """Return which records the present content is made of."""
+        alive = {name: tuple(s.layer.name for s in self.live(name)) for name in self.sets}
+        units = {n: {g: c.generation for g, c in units.items()} for n, units in self.commits.items() if alive[n]}
+        return Content(tuple(sorted(self.segments)), units, {n: layers for n, layers in alive.items() if layers})
+
+    def at(self, content: Content) -> Ledger:
+        """Return the ledger as it was when it had ``content``. Raises ``MismatchError`` when a record is gone."""
+        try:
+            segments = {first: self.segments[first] for first in content.tiles}
+            sets = {name: self.sets[name] for name in content.layers}
+            generations = {
+                (name, group): {generation: self.generations[name, group][generation]}
+                for name, units in content.units.items()
+                for group, generation in units.items()
+            }
+        except KeyError as error:
+            raise MismatchError(
+                f"{self.paths.root}: the snapshot needs a record that is no longer there ({error}); pins keep "
+                "snapshots from being collected"
+            ) from None
+        dropped = {
+            (name, s.layer.name)
+            for name, record in sets.items()
+            for s in record.arrays.specs
+            if s.layer.name not in content.layers[name]
+        }
+        return Ledger(self.paths, segments, sets, generations, frozenset(dropped), _stats=self._stats)
 
     # -- facts
 
@@ -135,58 +169,132 @@ class Ledger:
             "first_row": first_row,
             "rows": len(records),
             "file": draft.name,
-            "sha256": sha256_file(draft),
+            "sha256": _sha256(draft),
             "splits": TileTable([(0, records)]).splits,
         }
         if not publish_json(self.paths.tile_segment(first_row), body, self.paths.tmp):
             raise MismatchError(
                 f"{self.paths.root}: another builder added tiles at row {first_row}; run the command again"
             )
-        self.table = _load_table(self.paths)
+        self.segments = {**self.segments, first_row: list(records)}
+        self.table = TileTable(list(self.segments.items()))
 
     def add_set(self, arrays: ArraySet, profile: NumericsProfile) -> SetRecord:
         """Register an array set, or return the record that is there already."""
         body = {"arrays": [s.to_json() for s in arrays.specs], "profile": profile.to_json()}
         path = self.paths.array_set(arrays.id)
+        left = (
+            {(name, layer) for name, layer in self.dropped if name == arrays.id}
+            if arrays.id not in self.sets
+            else set()
+        )
+        if left:  # of an earlier set of this name, whose collection was killed before its last step
+            self.undrop(left)
         publish_json(path, body, self.paths.tmp)
-        record = self.sets[arrays.id] = _set_record(path)
+        record = self.sets[arrays.id] = read_set(path)
         self.commits.setdefault(arrays.id, {})
         return record
 
-    def add_commit(self, commit: Commit) -> Commit:
+    def add_commit(self, commit: Commit, after_step: Callable[[int], None] = _no_step) -> Commit:
         """Publish ``commit``; when another builder was first, adopt and return its record (decision 6)."""
-        path = self.paths.commit(commit.set_id, commit.group)
-        if not publish_json(path, commit.to_json(), self.paths.tmp):
-            commit = _commit(path)
-        self.commits[commit.set_id][commit.group] = commit
+        path = self.paths.commit(commit.set_id, commit.group, commit.generation)
+        if not publish_json(path, commit.to_json(), self.paths.tmp, after_step):
+            commit = read_commit(path)
+        known = self.generations.setdefault((commit.set_id, commit.group), {})
+        known[commit.generation] = commit
+        self.commits[commit.set_id][commit.group] = known[max(known)]
         return commit
 
+    def drop(self, arrays: Iterable[tuple[str, str]]) -> None:
+        """Let the arrays (set, layer) count no more. The caller holds the build lock."""
+        self._write_dropped(self.dropped | set(arrays))
 
-def _load_table(paths: StorePaths) -> TileTable:
-    segments = []
+    def undrop(self, arrays: Iterable[tuple[str, str]]) -> None:
+        """Let the arrays (set, layer) count again. The caller holds the build lock and knows their shards are there."""
+        self._write_dropped(self.dropped - set(arrays))
+
+    def compact(self, tail_max: int = TAIL_MAX) -> None:
+        """Fold commit records into a segment when there are more than ``tail_max``. Only under the build lock."""
+        tail, files = _commit_files(self.paths), _segment_files(self.paths)
+        if len(tail) <= tail_max and len(files) <= SEGMENTS_MAX:
+            return
+        old = files if len(files) > SEGMENTS_MAX else []
+        moved = {(c.set_id, c.group, c.generation) for path in tail for c in [read_commit(path)]}
+        moved |= {(c.set_id, c.group, c.generation) for path in old for c in read_segment_commits(path)}
+        commits = [self.generations[name, group][generation] for name, group, generation in sorted(moved)]
+        new = write_segment(self.paths.segments, map(self.complete, commits))
+        for path in [*tail, *(p for p in old if p != new)]:
+            remove_file(path)
+        for folder in {path.parent for path in tail}:
+            fsync_folder(folder)
+        self._stats = None
+        for name, group, generation in moved:
+            known = self.generations[name, group]
+            thin = tuple(replace(s, stats=None) for s in known[generation].shards)
+            known[generation] = replace(known[generation], shards=thin)
+            self.commits[name][group] = known[max(known)]
+
+    def _write_dropped(self, arrays: frozenset[tuple[str, str]]) -> None:
+        replace_json(self.paths.dropped, {"arrays": sorted([name, layer] for name, layer in arrays)})
+        self.dropped = arrays
+
+
+def _load(paths: StorePaths) -> Ledger:
+    # Against the order of publication (tiles, sets, commits, segments), so that nothing names what was not read yet.
+    commits: list[Commit] = []
+    for path in _commit_files(paths):
+        try:
+            commits.append(read_commit(path))
+        except FileNotFoundError:  # folded into a segment meanwhile, which the next lines find
+            continue
+    for path in _segment_files(paths):
+        commits += read_segment_commits(path)
+    dropped = _read_dropped(paths)
+    sets = {path.stem: read_set(path) for path in sorted((paths.ledger / "sets").glob("*.json"))}
+    generations: dict[tuple[str, int], dict[int, Commit]] = {}
+    for commit in commits:
+        if commit.set_id not in sets:
+            raise _SetMissingError(
+                f"{paths.ledger}: a commit of row group {commit.group} belongs to the array set {commit.set_id!r}, "
+                "which is not here"
+            )
+        known = generations.setdefault((commit.set_id, commit.group), {})
+        if commit.generation not in known or known[commit.generation].shards[0].stats is None:
+            known[commit.generation] = commit
+    return Ledger(paths, _load_segments(paths), sets, generations, dropped)
+
+
+def _commit_files(paths: StorePaths) -> list[Path]:
+    return sorted((paths.ledger / "commits").glob("*/*.json"))
+
+
+def _segment_files(paths: StorePaths) -> list[Path]:
+    return sorted(p for p in paths.segments.glob("*.parquet") if not p.name.startswith("."))
+
+
+def _read_dropped(paths: StorePaths) -> frozenset[tuple[str, str]]:
+    if not paths.dropped.is_file():
+        return frozenset()
+    try:
+        return frozenset((str(name), str(layer)) for name, layer in read_json(paths.dropped)["arrays"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FindingsError(f"{paths.dropped}: not a list of dropped arrays ({error})") from None
+
+
+def _load_segments(paths: StorePaths) -> dict[int, Sequence[TileRecord]]:
+    segments: dict[int, Sequence[TileRecord]] = {}
     for path in sorted((paths.ledger / "tiles").glob("*.json")):
         body = read_json(path)
-        file = path.parent / Path(str(body["file"])).name
-        if not file.is_file() or sha256_file(file) != body["sha256"]:
+        try:
+            first_row, rows, name, digest = int(body["first_row"]), int(body["rows"]), body["file"], body["sha256"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise FindingsError(f"{path}: not a tile segment record ({error})") from None
+        if path.stem != f"{first_row:010d}" or name != f"{first_row:010d}.parquet":
+            raise FindingsError(f"{path}: the record names row {first_row} and file {name!r}")
+        file = path.parent / name
+        if not file.is_file() or _sha256(file) != digest:
             raise FindingsError(f"{file}: the tile table is missing or damaged (its sha256 is not the recorded one)")
-        segments.append((int(body["first_row"]), read_segment(file)))
-    return TileTable(segments)
-
-
-def _set_record(path: Path) -> SetRecord:
-    body = read_json(path)
-    try:
-        arrays = ArraySet(tuple(FeatureSpec.from_json(s) for s in body["arrays"]))
-        profile = NumericsProfile.from_json(body["profile"])
-    except (ValidationError, KeyError, TypeError) as error:
-        raise FindingsError(f"{path}: not an array set record ({error})") from None
-    if not arrays.specs or arrays.id != path.stem:
-        raise FindingsError(f"{path}: the record's arrays do not have the name of the file")
-    return SetRecord(arrays, profile)
-
-
-def _commit(path: Path) -> Commit:
-    try:
-        return Commit.from_json(read_json(path))
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
-        raise FindingsError(f"{path}: not a commit record ({error})") from None
+        segments[first_row] = read_segment(file)
+        if len(segments[first_row]) != rows:
+            raise FindingsError(f"{file}: {len(segments[first_row])} rows, the record says {rows}")
+    return segments

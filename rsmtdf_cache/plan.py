@@ -30,6 +30,7 @@ __all__ = [
     "plan_teacher",
     "planned_array",
     "refuse_other_content",
+    "revive",
     "rows_of_group",
     "settle_profile",
 ]
@@ -110,11 +111,53 @@ def refuse_other_content(
         )
     known = ledger.specs()
     for spec in specs:
+        if spec.key not in known:
+            _refuse_occupied(ledger, spec)
         old = known.get(spec.key)
         if old is not None and old.digest() != spec.digest():
             fields = "\n  ".join(differing_fields(old.to_json(), spec.to_json()))
             raise MismatchError(
                 f"{root} holds another {spec.key}:\n  {fields}\nbuild into a new folder, or ask for what it has"
+            )
+
+
+def revive(ledger: Ledger, specs: list[FeatureSpec]) -> None:
+    """Take dropped arrays back that are asked for again and whose every shard is still there. Under the build lock."""
+    known = ledger.specs()
+    gone = [spec for spec in specs if spec.key not in known]
+    back = [place for spec in gone for place in _dropped_places(ledger, spec) if _revivable(ledger, spec, place)]
+    if back:
+        ledger.undrop(back)
+
+
+def _dropped_places(ledger: Ledger, spec: FeatureSpec) -> list[tuple[str, str]]:
+    """Return the (set, layer) that were dropped and had the key of ``spec``."""
+    return [
+        (name, layer)
+        for name, layer in sorted(ledger.dropped)
+        if name in ledger.sets
+        and any(s.key == spec.key for s in ledger.sets[name].arrays.specs if s.layer.name == layer)
+    ]
+
+
+def _revivable(ledger: Ledger, spec: FeatureSpec, place: tuple[str, str]) -> bool:
+    name, layer = place
+    same = any(s.digest() == spec.digest() for s in ledger.sets[name].arrays.specs)
+    shards = [c.shard(layer) for c in ledger.commits[name].values()]
+    return same and all(s is not None and (ledger.paths.root / s.path).is_file() for s in shards)
+
+
+def _refuse_occupied(ledger: Ledger, spec: FeatureSpec) -> None:
+    """Raise ``MismatchError`` when shards of a dropped array still lie where those of ``spec`` would."""
+    for name, layer in _dropped_places(ledger, spec):
+        if _revivable(ledger, spec, (name, layer)):
+            continue
+        shards = [c.shard(layer) for c in ledger.commits[name].values()]
+        here = any(s is not None and (ledger.paths.root / s.path).is_file() for s in shards)
+        if here or len(ledger.sets[name].arrays.specs) == 1:  # a set's name is taken as long as its record is there
+            raise MismatchError(
+                f"{ledger.paths.root}: {spec.key} was dropped and not collected yet; run "
+                f"`rsmtdf cache gc {ledger.paths.root}` (it says which pins hold them), then the same command again"
             )
 
 

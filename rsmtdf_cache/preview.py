@@ -61,14 +61,14 @@ def pca_picture(
     if not keys:
         asked = f" of teacher {teacher!r}" if teacher else ""
         raise UsageError(
-            f"{store.path} holds no array{asked} in the tiles' own orientation; `rsmtdf cache info` lists it"
+            f"{store.shown} holds no array{asked} in the tiles' own orientation; `rsmtdf cache info` lists it"
         )
     by_id = {tile.id: tile for tile in source.tiles()}
     held = np.logical_and.reduce([store.committed(k) for k in keys])
     rows = [int(r) for r in np.flatnonzero(held) if store.tiles.ids[r] in by_id]
     if not rows or tiles < 1:
         raise UsageError(
-            f"{tiles} tiles of {store.path}: {len(rows)} tiles have all of its features and are in {source.root}"
+            f"{tiles} tiles of {store.shown}: {len(rows)} tiles have all of its features and are in {source.root}"
         )
     rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(tiles, len(rows))).astype(int)]
     ids = [store.tiles.ids[r] for r in rows]

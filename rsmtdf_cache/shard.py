@@ -19,6 +19,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from rsmtdf_cache import files
 from rsmtdf_cache.errors import FindingsError
 
 __all__ = ["ShardLayout", "ShardReader", "ShardWriter"]
@@ -81,7 +82,7 @@ class ShardWriter:
     """Writes one shard file; memory does not grow with its size. ``close()`` adds the index and syncs to disk."""
 
     def __init__(self, path: Path, layout: ShardLayout) -> None:
-        self.layout = layout
+        self.path, self.layout = path, layout
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
         self._index = np.full((layout.rows, *layout.grid, 2), _ABSENT, "<u8")
@@ -107,8 +108,7 @@ class ShardWriter:
         """Write the index, sync the file, and return the sha256 of the whole file."""
         index = self._index.tobytes()
         self._put(index + google_crc32c.value(index).to_bytes(4, "little"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        files.fsync_file(self._file, self.path)
         self._file.close()
         return self._hash.hexdigest()
 

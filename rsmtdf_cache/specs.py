@@ -12,9 +12,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 __all__ = [
     "EncodingSpec",
@@ -30,7 +30,10 @@ __all__ = [
     "digest_of",
 ]
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
+
+#: A part of a key becomes a folder of a store: nothing in it leads elsewhere.
+_Name = Annotated[str, StringConstraints(pattern=f"^{_NAME.pattern}$")]
 
 
 def canonical_json(value: object) -> str:
@@ -87,8 +90,8 @@ class LayerSpec(_Spec):
     """
 
     name: str
-    channels: int = Field(gt=0)
-    stride_px: int = Field(gt=0)
+    channels: int = Field(gt=0, le=2**20)
+    stride_px: int = Field(gt=0, le=2**16)
     offset_px: float
 
 
@@ -111,7 +114,7 @@ class TeacherSpec(_Spec):
 class ViewSpec(_Spec):
     """A whole tile at one scale and one of the eight orientations of D4 (see ``views.orient``)."""
 
-    size_px: int = Field(gt=0, description="side of the square the teacher sees")
+    size_px: int = Field(gt=0, le=2**16, description="side of the square the teacher sees")
     orientation: int = Field(ge=0, le=7)
 
     @property
@@ -137,9 +140,9 @@ class EncodingSpec(_Spec):
 class FeatureKey(_Spec):
     """Name of one array: ``teacher/view/layer``."""
 
-    teacher: str
-    view: str
-    layer: str
+    teacher: _Name
+    view: _Name
+    layer: _Name
 
     def __str__(self) -> str:
         return f"{self.teacher}/{self.view}/{self.layer}"
@@ -148,9 +151,12 @@ class FeatureKey(_Spec):
     def parse(cls, text: str) -> FeatureKey:
         """Return the key written as ``teacher/view/layer``; raises ``ValueError``."""
         parts = text.split("/")
-        if len(parts) != 3 or not all(_NAME.match(p) for p in parts):
+        if len(parts) != 3 or not all(_NAME.fullmatch(p) for p in parts):
             raise ValueError(f"not a feature key (teacher/view/layer): {text!r}")
         return cls(teacher=parts[0], view=parts[1], layer=parts[2])
+
+
+_Tokens = Annotated[int, Field(gt=0, le=2**16)]
 
 
 class FeatureSpec(_Spec):
@@ -160,8 +166,8 @@ class FeatureSpec(_Spec):
     layer: LayerSpec
     view: ViewSpec
     encoding: EncodingSpec
-    tile_px: int = Field(gt=0)
-    grid: tuple[int, int] = Field(description="tokens (height, width) of one tile's map")
+    tile_px: int = Field(gt=0, le=2**16)
+    grid: tuple[_Tokens, _Tokens] = Field(description="tokens (height, width) of one tile's map")
 
     @property
     def key(self) -> FeatureKey:

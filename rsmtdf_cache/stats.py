@@ -21,6 +21,7 @@ class ChannelStats:
     squares: NDArray[np.float64]  # [D]
     norm_sum: float = 0.0
     norm_max: float = 0.0
+    non_finite: int = 0  # a writer refuses such values, so it stays 0 unless a shard came to be otherwise
 
     @classmethod
     def empty(cls, channels: int) -> Self:
@@ -36,6 +37,8 @@ class ChannelStats:
         self.squares += squares.sum(0)
         self.norm_sum += float(norms.sum())
         self.norm_max = max(self.norm_max, float(norms.max()))
+        if not np.isfinite(norms).all():
+            self.non_finite += int(np.count_nonzero(~np.isfinite(tokens)))
 
     def merge(self, other: ChannelStats) -> None:
         """Add the sums of ``other``."""
@@ -44,6 +47,7 @@ class ChannelStats:
         self.squares += other.squares
         self.norm_sum += other.norm_sum
         self.norm_max = max(self.norm_max, other.norm_max)
+        self.non_finite += other.non_finite
 
     @property
     def mean(self) -> NDArray[np.float32]:
@@ -60,14 +64,14 @@ class ChannelStats:
     def to_json(self) -> dict[str, Any]:
         return {
             "count": self.count, "sums": self.sums.tolist(), "squares": self.squares.tolist(),
-            "norm_sum": self.norm_sum, "norm_max": self.norm_max,
+            "norm_sum": self.norm_sum, "norm_max": self.norm_max, "non_finite": self.non_finite,
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         return cls(
             int(data["count"]), np.asarray(data["sums"], np.float64), np.asarray(data["squares"], np.float64),
-            float(data["norm_sum"]), float(data["norm_max"]),
+            float(data["norm_sum"]), float(data["norm_max"]), int(data.get("non_finite", 0)),
         )  # fmt: skip
 
     @classmethod

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.codecs import load_codec
-from rsmtdf_cache.errors import FindingsError, MismatchError, UsageError, did_you_mean
+from rsmtdf_cache.content import Content
+from rsmtdf_cache.errors import FindingsError, MismatchError, ResourceError, UsageError, did_you_mean
 from rsmtdf_cache.files import read_json
+from rsmtdf_cache.head import find_snapshot
 from rsmtdf_cache.layout import StorePaths, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import load_manifest
+from rsmtdf_cache.readcheck import is_checked, mark_checked
 from rsmtdf_cache.shard import ShardReader
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec
 from rsmtdf_cache.tiles import TileTable
@@ -25,7 +31,11 @@ from rsmtdf_cache.views import Box, token_box
 if TYPE_CHECKING:
     import xarray
 
+    from rsmtdf_cache.share.remote import RemoteMirror
+
 __all__ = ["FeatureStore", "Features"]
+
+VerifyReads = Literal["first", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -45,40 +55,67 @@ class Features:
 
 
 class FeatureStore:
-    """A store, opened at one moment: later commits do not change what it shows. Thread-safe; picklable by path."""
+    """A store, opened at one moment: later commits do not change what it shows.
 
-    def __init__(self, path: Path, verify_reads: Literal["first", "always", "never"] = "first") -> None:
-        self.path = Path(path)
+    Safe among threads. It can be pickled and survives a fork: the copy shows the same snapshot.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        snapshot: str | Content | None = None,
+        verify_reads: VerifyReads = "first",
+        mirror: RemoteMirror | None = None,
+    ) -> None:
+        """Open the folder ``root``; callers use ``open``. ``mirror`` fetches the shards of a remote store."""
+        self.path = Path(root)
         self.verify_reads = verify_reads
         self.paths = StorePaths(self.path)
         self.manifest = load_manifest(self.paths)
-        self.ledger = Ledger.load(self.paths)
+        self._mirror = mirror
+        ledger = Ledger.load(self.paths)
+        if isinstance(snapshot, Content):
+            ledger = ledger.at(snapshot)
+        elif snapshot is not None:
+            ledger = find_snapshot(self.paths, ledger, snapshot)
+        self.ledger = ledger
         self._specs = self.ledger.specs()
         # Read at every crop, so looked up once: which shards of a key are committed, by row group.
-        self._records: dict[FeatureKey, dict[int, ShardRecord]] = {
-            spec.key: {
-                group: shard
-                for group, commit in self.ledger.commits[name].items()
-                for shard in commit.shards
-                if shard.layer == spec.layer.name
-            }
-            for name, record in self.ledger.sets.items()
-            for spec in record.arrays.specs
-        }
+        self._records = {key: self.ledger.shards(key) for key in self._specs}
         self._shards: dict[tuple[FeatureKey, int], ShardReader] = {}
         self._lock = threading.Lock()
+        _OPEN.add(self)
 
     @classmethod
-    def open(cls, path: Path | str, verify_reads: Literal["first", "always", "never"] = "first") -> FeatureStore:
-        """Return the store at ``path``.
+    def open(cls, path: Path | str, snapshot: str | None = None, verify_reads: VerifyReads = "first") -> FeatureStore:
+        """Return the store at ``path``: a folder, or a URL (``s3://…``), either with ``@SNAPSHOT`` at its end.
 
-        ``verify_reads``: compare a shard with its recorded sha256 when it is first touched, at every read, or never.
-        Raises ``UsageError`` (no such folder), ``MismatchError`` (no store, newer format), ``FindingsError`` (damage).
+        ``snapshot``: the root hash (or its first 8 or more digits) of the content to show; default: what is there now.
+        ``verify_reads``: compare a shard with its recorded sha256 when it is first touched on this node, at every
+        read, or never. Raises ``UsageError`` (no such folder), ``MismatchError`` (no store, newer format, no such
+        snapshot), ``FindingsError`` (damage), ``ResourceError`` (network).
         """
-        return cls(Path(path), verify_reads)
+        if "@" not in str(path) and ":" not in str(path):  # a plain folder needs none of the rest
+            return cls(Path(path), snapshot, verify_reads)
+        from rsmtdf_cache.share.address import Address
+
+        address = Address.parse(str(path))
+        if snapshot is not None and address.snapshot not in (None, snapshot):
+            raise UsageError(f"{path}: names a snapshot, and {snapshot} was asked for; give one of them")
+        if address.is_remote:
+            from rsmtdf_cache.share.remote import open_remote
+
+            root, mirror = open_remote(address)
+            return cls(root, snapshot or address.snapshot, verify_reads, mirror)
+        return cls(Path(address.path), snapshot or address.snapshot, verify_reads)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (FeatureStore, (self.path, self.verify_reads))
+        return (FeatureStore, (self.path, self.ledger.content(), self.verify_reads, self._mirror))
+
+    @property
+    def shown(self) -> str:
+        """Where the store is, for people: its folder, or its URL without secrets."""
+        return str(self.path) if self._mirror is None else self._mirror.address.shown
 
     @property
     def tile_px(self) -> int:
@@ -112,9 +149,20 @@ class FeatureStore:
         if key not in self._specs:
             names = [str(k) for k in self.keys()]
             raise UsageError(
-                f"{self.path} has no array {key}.{did_you_mean(str(key), names)} It holds: {', '.join(names)}"
+                f"{self.shown} has no array {key}.{did_you_mean(str(key), names)} It holds: {', '.join(names)}"
             )
         return self._specs[key]
+
+    def stored(self, key: FeatureKey, row: int) -> NDArray[Any] | None:
+        """Return the codes ``[h, w, D]`` of one tile as they are stored, None when they are not committed."""
+        group, offset = divmod(row, self.manifest.group_rows)
+        shard = self._shard(key, group)
+        if shard is None or not shard.present[offset]:
+            return None
+        spec = self.spec(key)
+        codes = np.empty((*spec.grid, spec.layer.channels), load_codec(spec.encoding).dtype)
+        shard.read(offset, 0, 0, codes)
+        return codes
 
     def stats(self, key: FeatureKey) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return mean and standard deviation per channel ``[D]`` over all committed tokens of ``key``."""
@@ -126,8 +174,9 @@ class FeatureStore:
         """Return for every row whether ``key`` has its features."""
         self.spec(key)
         mask = np.zeros(len(self.tiles), np.bool_)
-        for commit in self._commits(key).values():
-            mask[commit.start : commit.stop] = True
+        commits = self._commits(key)
+        for group in self._records[key]:
+            mask[commits[group].start : commits[group].stop] = True
         return mask & np.array([r is not None for r in self.tiles.records], np.bool_)
 
     def read(
@@ -173,6 +222,11 @@ class FeatureStore:
 
     def to_xarray(self) -> xarray.DataTree:
         """Return the store as an ``xarray.DataTree`` of lazily read, labelled arrays."""
+        if self._mirror is not None:
+            raise UsageError(
+                f"{self.shown}: a remote store is read shard by shard; bring it here with `rsmtdf cache pull` to open "
+                "it with xarray"
+            )
         import xarray
 
         return xarray.open_datatree(self.paths.zarr, engine="zarr")
@@ -181,8 +235,7 @@ class FeatureStore:
         """Return what ``cache info`` shows, as JSON data."""
         arrays = []
         for key in self.keys():
-            spec, commits = self._specs[key], self._commits(key)
-            shards = [s for c in commits.values() for s in c.shards if s.layer == key.layer]
+            spec, shards = self._specs[key], list(self._records[key].values())
             arrays.append({
                 "key": str(key), "digest": spec.digest(), "grid": list(spec.grid), "channels": spec.layer.channels,
                 "stride_tile_px": spec.stride_tile_px, "offset_tile_px": spec.offset_tile_px,
@@ -191,7 +244,7 @@ class FeatureStore:
             })  # fmt: skip
         teachers = {s.teacher.name: s.teacher for s in self._specs.values()}
         return {
-            "path": str(self.path), "format_version": self.manifest.version, "dataset": self.manifest.dataset,
+            "path": self.shown, "format_version": self.manifest.version, "dataset": self.manifest.dataset,
             "attribution": self.manifest.attribution, "tile_px": self.tile_px, "group_rows": self.manifest.group_rows,
             "tiles": sum(self.tiles.splits.values()), "quarantined": self.quarantined, "splits": self.tiles.splits,
             "snapshot": self.snapshot,
@@ -223,15 +276,34 @@ class FeatureStore:
         place = self.paths.shard(key, group)
         if record.path != self.paths.relative(place):
             raise MismatchError(
-                f"{self.path}: the ledger names {record.path} for {key}, expected {self.paths.relative(place)}"
+                f"{self.shown}: the ledger names {record.path} for {key}, expected {self.paths.relative(place)}"
             )
-        try:
-            shard = ShardReader(place, shard_layout(self._specs[key], self.manifest.group_rows))
-        except FileNotFoundError:
-            raise FindingsError(f"{place}: a committed shard is missing; run `rsmtdf cache verify`") from None
-        if self.verify_reads != "never":
+        shard = self._map(place, key, record)
+        if self.verify_reads == "always" or (self.verify_reads == "first" and not is_checked(place, record.sha256)):
             _compare(shard, record)
+            mark_checked(place, record.sha256)
         return shard
+
+    def _map(self, place: Path, key: FeatureKey, record: ShardRecord) -> ShardReader:
+        layout = shard_layout(self._specs[key], self.manifest.group_rows)
+        if self._mirror is None:
+            try:
+                return ShardReader(place, layout)
+            except FileNotFoundError:
+                raise FindingsError(
+                    f"{place}: a committed shard is missing; run `rsmtdf cache verify`, or open the store again if "
+                    "`rsmtdf cache gc` ran meanwhile"
+                ) from None
+        # What was evicted stays on the disk as long as it is mapped here, beyond the bound of the cache.
+        self._shards = {k: s for k, s in self._shards.items() if s.path.exists()}
+        for _ in range(10):  # another process may evict the shard before it is mapped
+            self._mirror.ensure(record, place)
+            with contextlib.suppress(FileNotFoundError):
+                return ShardReader(place, layout)
+        raise ResourceError(
+            f"{self.shown}: the cache of remote shards is too small for the processes that read from it; raise "
+            "RSMTDF_REMOTE_CACHE_GB, or copy the store with `rsmtdf cache pull`"
+        )
 
 
 def _compare(shard: ShardReader, record: ShardRecord) -> None:
@@ -239,3 +311,15 @@ def _compare(shard: ShardReader, record: ShardRecord) -> None:
         raise FindingsError(
             f"{shard.path}: its bytes are not those committed (sha256 differs); run `rsmtdf cache verify --deep`"
         )
+
+
+#: Stores of this process. A fork copies locks as they are, held or not, so the child gets new ones.
+_OPEN: weakref.WeakSet[FeatureStore] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for store in _OPEN:
+        store._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)

@@ -13,9 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import FindingsError
+from rsmtdf_cache.parquet import read_plain, write_plain
 from rsmtdf_cache.specs import digest_of
 
 __all__ = ["TileRecord", "TileTable", "pixel_digest", "read_segment", "segment_bytes"]
+
+
+#: A hole is shorter than a row group, whose rows ``manifest.py`` bounds.
+_HOLE_ROWS_MAX = 2**24
 
 
 def pixel_digest(image: NDArray[np.uint8]) -> bytes:
@@ -50,6 +55,8 @@ class TileTable:
         for first_row, records in sorted(segments, key=lambda s: s[0]):
             if first_row < len(self.records):
                 raise FindingsError(f"tile table: the segment at row {first_row} overlaps the one before it")
+            if first_row - len(self.records) > _HOLE_ROWS_MAX:
+                raise FindingsError(f"tile table: {first_row - len(self.records)} empty rows before row {first_row}")
             self.records += [None] * (first_row - len(self.records))
             self.records += records
         self.ids = [r.id if r else "" for r in self.records]
@@ -94,10 +101,9 @@ class TileTable:
 def segment_bytes(records: Iterable[TileRecord]) -> bytes:
     """Return one table segment as Parquet bytes."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     rows = list(records)
-    table = pa.table(
+    return write_plain(
         {
             "id": pa.array([r.id for r in rows], pa.string()),
             "digest": pa.array([r.digest for r in rows], pa.binary(32)),
@@ -107,20 +113,12 @@ def segment_bytes(records: Iterable[TileRecord]) -> bytes:
             "affine": pa.array([list(r.affine) for r in rows], pa.list_(pa.float64())),
         }
     )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return bytes(sink.getvalue().to_pybytes())
 
 
 def read_segment(path: Path) -> list[TileRecord]:
     """Return the records of a segment file. Raises ``FindingsError`` when it is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    columns = read_plain(path, ("id", "digest", "split", "source", "crs", "affine"), row_nbytes=32)
     try:
-        columns = pq.read_table(path).to_pydict()
-        names = ("id", "digest", "split", "source", "crs", "affine")
-        rows = zip(*(columns[n] for n in names), strict=True)
-        return [TileRecord(i, d, s, o, c, tuple(a)) for i, d, s, o, c, a in rows]
-    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        return [TileRecord(i, d, s, o, c, tuple(a)) for i, d, s, o, c, a in zip(*columns.values(), strict=True)]
+    except (TypeError, ValueError) as error:
         raise FindingsError(f"{path}: the tile table is damaged ({error})") from None

@@ -3,146 +3,222 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rsmtdf_cache.errors import FindingsError
-from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
-from rsmtdf_cache.files import read_json, sha256_file
+from rsmtdf_cache.errors import FindingsError, MismatchError
+from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
+from rsmtdf_cache.files import is_locked, sha256_file
+from rsmtdf_cache.head import record_files
 from rsmtdf_cache.layout import StorePaths, shard_layout
-from rsmtdf_cache.ledger import Ledger, ShardRecord
-from rsmtdf_cache.manifest import load_manifest
+from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
+from rsmtdf_cache.manifest import Manifest, load_manifest
 from rsmtdf_cache.shard import ShardReader
 from rsmtdf_cache.specs import FeatureSpec
+from rsmtdf_cache.upkeep.survey import Finding, Survey, survey
 
-__all__ = ["Finding", "verify_store"]
+__all__ = ["Finding", "LEFT", "ShardCheck", "audit", "check_shards", "shard_checks", "verify_store"]
+
+#: The fault of a file that is no damage: a builder was stopped before it was recorded.
+LEFT = "left by an interrupted build; the same `cache build` or `cache gc` removes it"
+_DERIVED = "`rsmtdf cache build` or `verify --repair` writes it again"
+_DRAFT = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # of files.replace_file
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One fault: the file (below the store) and what is wrong with it."""
+class ShardCheck:
+    """One committed shard and what it must be. ``live``: its array was not dropped, so it must be there."""
 
-    path: str
-    fault: str
+    spec: FeatureSpec
+    commit: Commit
+    record: ShardRecord
+    live: bool = True
 
 
 def verify_store(root: Path, deep: bool = False, on_event: EventSink = ignore_events) -> list[Finding]:
     """Return the faults of the store at ``root``; an empty list means none was found.
 
-    Always: manifest, every ledger record and the tile table against their checksums, derived metadata against its
-    list, every committed shard there with its size and a sound index, no file that nothing lists. ``deep``: also the
-    sha256 of every shard. Raises ``UsageError`` or ``MismatchError`` when there is no store at ``root``.
+    Always: manifest, every record, pin and the tile table against their checksums, the head against every file it
+    lists, recorded snapshots against their roots, committed rows against their group and the tile table, every
+    committed shard there with its size and a sound index, no link, no file that nothing lists. ``deep``: also the
+    sha256 of every shard. While a builder works on the store, what it is about to commit or to list is no finding.
+    Raises ``UsageError`` or ``MismatchError`` when there is no store at ``root``.
     """
     paths = StorePaths(root)
+    builder = is_locked(paths.lock)
     try:
         manifest = load_manifest(paths)
     except FindingsError as error:
-        return [Finding("manifest.json", str(error))]
-    findings = list(_damaged_records(paths))
-    if findings:
-        return findings
-    try:
-        ledger = Ledger.load(paths)
-    except FindingsError as error:
-        return [Finding("ledger", str(error))]
-    listed = {"manifest.json", "ledger/build.lock", "ledger/derived.json", "ledger/quarantine.json"}
-    listed |= {paths.relative(p) for p in _record_files(paths)}
-    listed |= {f"ledger/tiles/{read_json(p)['file']}" for p in (paths.ledger / "tiles").glob("*.json")}
-    specs = ledger.specs()
-    shards = [
-        (spec, commit.start, record)
+        return [Finding("manifest.json", str(error).removeprefix(f"{paths.manifest}: "))]
+    if builder:
+        on_event(Warned(f"{root}: a builder works on it; its head and what is not committed yet are left out"))
+    found = survey(paths)
+    findings = audit(found, manifest, builder)
+    findings += [f for _, f in check_shards(paths, shard_checks(found.ledger), manifest, deep, on_event)]
+    if not found.ledger.specs() and not found.ledger.dropped and not findings:
+        findings.append(Finding("ledger", "the store holds no array yet; run `rsmtdf cache build` again"))
+    return sorted(set(findings), key=lambda f: (f.path, f.fault))
+
+
+def audit(found: Survey, manifest: Manifest, builder: bool) -> list[Finding]:
+    """Return the faults of everything but the shards' content. ``builder``: somebody is writing to the store."""
+    findings = list(found.findings)
+    findings += _row_faults(found, manifest)
+    findings += [] if builder else _head_faults(found)
+    findings += _unlisted(found, builder)
+    return findings
+
+
+def shard_checks(ledger: Ledger) -> list[ShardCheck]:
+    """Return every shard of the latest generations; those of dropped arrays too, unless others lie there now."""
+    checks = [
+        ShardCheck(spec, commit, record, (name, record.layer) not in ledger.dropped)
         for name, units in ledger.commits.items()
-        for commit in units.values()
+        for _, commit in sorted(units.items())
         for record in commit.shards
         for spec in ledger.sets[name].arrays.specs
         if spec.layer.name == record.layer
     ]
-    for name, groups in ledger.commits.items():
-        layers = {s.layer.name for s in ledger.sets[name].arrays.specs}
-        for group, commit in groups.items():
-            if {s.layer for s in commit.shards} != layers:
-                findings.append(
-                    Finding(paths.relative(paths.commit(name, group)), "does not name every layer of its set")
-                )
-    derived, faults = _derived_faults(paths)
-    findings += faults
-    listed |= derived
-    on_event(ProgressStart("verify", "checking shards", len(shards), unit="shards"))
-
-    def check(item: tuple[FeatureSpec, int, ShardRecord]) -> Finding | None:
-        spec, start, record = item
-        expected = paths.relative(paths.shard(spec.key, start // manifest.group_rows))
-        return _shard_fault(paths, spec, record, expected, manifest.group_rows, deep)
-
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        for item, fault in zip(shards, pool.map(check, shards), strict=True):
-            listed.add(item[2].path)
-            findings += [fault] if fault else []
-            on_event(Progress("verify", 1, item[2].nbytes))
-    on_event(ProgressEnd("verify"))
-    findings += [Finding(p, "no record lists this file") for p in _all_files(root) if p not in listed]
-    if not specs and not findings:
-        findings.append(Finding("ledger", "the store holds no array yet; run `rsmtdf cache build` again"))
-    return sorted(findings, key=lambda f: (f.path, f.fault))
+    taken = {check.record.path for check in checks if check.live}
+    return [check for check in checks if check.live or check.record.path not in taken]
 
 
-def _record_files(paths: StorePaths) -> Iterator[Path]:
-    for pattern in ("tiles/*.json", "sets/*.json", "commits/*/*.json"):
-        yield from sorted(paths.ledger.glob(pattern))
-
-
-def _damaged_records(paths: StorePaths) -> Iterator[Finding]:
-    for path in [*_record_files(paths), *([paths.quarantine] if paths.quarantine.is_file() else [])]:
-        try:
-            read_json(path)
-        except FindingsError as error:
-            yield Finding(paths.relative(path), str(error))
-
-
-def _derived_faults(paths: StorePaths) -> tuple[set[str], list[Finding]]:
-    name = paths.relative(paths.derived)
-    if not paths.derived.is_file():
-        return set(), [Finding(name, "missing: the build did not get that far; `rsmtdf cache build` writes it")]
-    try:
-        files = read_json(paths.derived)["files"]
-    except FindingsError as error:
-        return set(), [Finding(name, str(error))]
+def check_shards(
+    paths: StorePaths, checks: list[ShardCheck], manifest: Manifest, deep: bool, on_event: EventSink
+) -> list[tuple[ShardCheck, Finding]]:
+    """Return the shards that have a fault, with it. Shards of dropped arrays may be absent, not damaged."""
     faults = []
-    for path, digest in files.items():
-        place = paths.root / path
-        if ".." in Path(path).parts or not place.is_file():
-            faults.append(Finding(path, "missing; `rsmtdf cache build` writes it again"))
-        elif sha256_file(place) != digest:
-            faults.append(Finding(path, "damaged (sha256 differs); `rsmtdf cache build` writes it again"))
-    return set(files), faults
+    on_event(ProgressStart("verify", "checking shards", len(checks), unit="shards"))
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+        results = pool.map(lambda check: _shard_fault(paths, check, manifest.group_rows, deep), checks)
+        for check, fault in zip(checks, results, strict=True):
+            if fault is not None:
+                faults.append((check, Finding(check.record.path, fault)))
+            on_event(Progress("verify", 1, check.record.nbytes))
+    on_event(ProgressEnd("verify"))
+    return faults
 
 
-def _shard_fault(
-    paths: StorePaths, spec: FeatureSpec, record: ShardRecord, expected: str, group_rows: int, deep: bool
-) -> Finding | None:
-    if record.path != expected:
-        return Finding(record.path, f"the record of {spec.key} should name {expected}")
-    place = paths.root / record.path
-    if not place.is_file():
-        return Finding(record.path, "a committed shard is missing")
-    if place.stat().st_size != record.nbytes:
-        return Finding(record.path, f"{place.stat().st_size} bytes, committed were {record.nbytes}")
-    if deep and sha256_file(place) != record.sha256:
-        return Finding(record.path, "its bytes are not those that were committed (sha256 differs)")
+def _shard_fault(paths: StorePaths, check: ShardCheck, group_rows: int, deep: bool) -> str | None:
+    place = paths.shard(check.spec.key, check.commit.group)
+    if check.record.path != paths.relative(place):
+        return f"the record of {check.spec.key} should name {paths.relative(place)}"
+    if place.is_symlink() or not place.is_file():
+        return "a committed shard is missing" if check.live or place.is_symlink() else None
+    nbytes = place.stat().st_size
+    if nbytes != check.record.nbytes:
+        return f"{nbytes} bytes, committed were {check.record.nbytes}"
+    if deep and sha256_file(place) != check.record.sha256:
+        return "its bytes are not those that were committed (sha256 differs)"
     try:
-        ShardReader(place, shard_layout(spec, group_rows))
+        reader = ShardReader(place, shard_layout(check.spec, group_rows))
     except FindingsError as error:
-        return Finding(record.path, str(error))
+        return str(error).removeprefix(f"{place}: ")
+    if reader.present[check.commit.stop - check.commit.start :].any():
+        return f"it holds rows beyond those committed, {check.commit.start} to {check.commit.stop}"
     return None
 
 
-def _all_files(root: Path) -> Iterator[str]:
-    for folder, _, names in os.walk(root):
-        if Path(folder) == root / "tmp":
+def _row_faults(found: Survey, manifest: Manifest) -> Iterator[Finding]:
+    ledger, paths = found.ledger, found.paths
+    whole = not any(f.path.startswith("ledger/tiles") for f in found.findings)
+    for name, units in ledger.commits.items():
+        live = {s.layer.name for s in ledger.live(name)}
+        known = {s.layer.name for s in ledger.sets[name].arrays.specs}
+        for group, commit in units.items():
+            first, layers = group * manifest.group_rows, [s.layer for s in commit.shards]
+            place = paths.relative(paths.commit(name, group, commit.generation))
+            if not live <= set(layers) <= known or len(set(layers)) != len(layers):
+                yield Finding(place, "does not name every layer of its set once")
+            if commit.start != first or not first < commit.stop <= first + manifest.group_rows:
+                yield Finding(place, f"rows {commit.start} to {commit.stop} are not of row group {group}")
+            elif whole and (commit.stop > len(ledger.table) or ledger.table.records[commit.stop - 1] is None):
+                yield Finding(place, f"rows {commit.start} to {commit.stop} are not in the tile table")
+
+
+def _head_faults(found: Survey) -> Iterator[Finding]:
+    paths, head = found.paths, found.head
+    name = paths.relative(paths.head)
+    if head is None:
+        if not paths.head.is_file():
+            yield Finding(name, f"missing: the last operation did not get that far; {_DERIVED}")
+        return
+    for path, (nbytes, digest) in sorted(head.files.items()):
+        place = paths.root / path
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            yield Finding(name, f"it lists {path!r}, which is outside the store")
+        elif path in found.damaged:
             continue
-        for name in names:
-            path = Path(folder, name).relative_to(root)
-            if path.parts[0] not in ("tmp", "pins"):
-                yield path.as_posix()
+        elif not place.is_file():
+            if not _moved(found, path):
+                yield Finding(
+                    path, f"missing; {_DERIVED}" if path.startswith("zarr/") else "missing: the head lists it"
+                )
+        elif place in (paths.quarantine, paths.dropped):
+            continue  # replaced before the head is; their own checksum holds
+        elif place.stat().st_size != nbytes or sha256_file(place) != digest:
+            yield Finding(path, "damaged (not the bytes the head lists)"
+                          + (f"; {_DERIVED}" if path.startswith("zarr/") else ""))  # fmt: skip
+    records = {paths.relative(p) for p in record_files(paths)}
+    same = records == {p for p in head.files if not p.startswith("zarr/")}
+    if same and not found.findings and found.ledger.snapshot() != head.snapshot:
+        yield Finding(name, f"its snapshot is {head.snapshot}, the ledger's {found.ledger.snapshot()}")
+
+
+def _moved(found: Survey, path: str) -> bool:
+    """Whether a ledger file that the head lists was folded into a segment since, and nothing of it is lost."""
+    parts = path.split("/")
+    if parts[:2] == ["ledger", "commits"] and len(parts) == 4:
+        group, _, generation = parts[3].removesuffix(".json").partition("-")
+        return any((c.set_id, f"{c.group:08d}", str(c.generation)) == (parts[2], group, generation or "0")
+                   for c in found.commits)  # fmt: skip
+    head = found.head
+    if parts[:2] != ["ledger", "segments"] or head is None:
+        return False
+    if head.snapshot not in found.snapshots:  # a build was stopped: what it compacted is in a segment the head lacks
+        return any(found.paths.relative(p) not in head.files for p in found.paths.segments.glob("[0-9a-f]*.parquet"))
+    try:
+        return found.then(head.snapshot).snapshot() == head.snapshot
+    except MismatchError:
+        return False
+
+
+def _unlisted(found: Survey, builder: bool) -> Iterator[Finding]:
+    """Yield links, files that nothing lists, and shards that no record names."""
+    paths, ledger = found.paths, found.ledger
+    listed = {paths.relative(p) for p in (*record_files(paths), paths.head, paths.lock)}
+    listed |= {paths.relative(p) for p in paths.pins.glob("*.json") if not p.name.startswith(".")}
+    listed |= {s.path for known in ledger.generations.values() for c in known.values() for s in c.shards}
+    listed |= set(found.head.files) if found.head is not None else set()
+    arrays = {f"zarr/{s.key}/features/c/" for record in ledger.sets.values() for s in record.arrays.specs}
+    listed -= {paths.relative(p) for p in (paths.ledger / "tiles").glob("*.parquet")
+               if not p.with_suffix(".json").exists()}  # fmt: skip
+    for path, is_link in _all_files(paths.root):
+        shard = path.partition("/features/c/")
+        if is_link:
+            yield Finding(path, "a link, which a store never holds")
+        elif path in listed or (builder and not shard[1]):
+            continue
+        elif shard[0] + shard[1] in arrays and re.fullmatch(r"\d+/0/0/0", shard[2]):
+            if not builder:
+                yield Finding(path, LEFT)
+        elif found.head is None and path.startswith("zarr/") and not shard[1]:
+            continue  # without the head nobody knows; that it is missing is a finding already
+        elif _DRAFT.fullmatch(Path(path).name) or path.startswith("ledger/tiles/"):
+            yield Finding(path, LEFT)
+        else:
+            yield Finding(path, "no record lists this file")
+
+
+def _all_files(root: Path) -> Iterator[tuple[str, bool]]:
+    """Yield every file and link below ``root``, but in ``tmp/``, and whether it is a link. No link is followed."""
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        if here == root and not (root / "tmp").is_symlink():
+            folders[:] = [f for f in folders if f != "tmp"]
+        for name in [*names, *(f for f in folders if (here / f).is_symlink())]:
+            path = here / name
+            yield path.relative_to(root).as_posix(), path.is_symlink()

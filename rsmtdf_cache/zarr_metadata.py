@@ -4,33 +4,49 @@ ledger, written by atomic replace, and can be made again at any time.
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rsmtdf_cache.files import replace_file, replace_json, sha256_file
+from rsmtdf_cache.files import remove_file, replace_file
 from rsmtdf_cache.layout import StorePaths, shard_layout
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest
 from rsmtdf_cache.specs import FeatureSpec
 
-__all__ = ["derived_files", "write_derived"]
+__all__ = ["derived_files", "stray_metadata", "write_metadata"]
 
 AXES = ("tile", "y", "x", "channel")
 
 
-def write_derived(paths: StorePaths, manifest: Manifest, ledger: Ledger) -> None:
-    """Bring the derived files up to date. The root's consolidated metadata comes last, the list of digests after it."""
+def write_metadata(paths: StorePaths, manifest: Manifest, ledger: Ledger) -> list[str]:
+    """Bring the derived files up to date, the root's consolidated metadata last; return their names below ``zarr/``.
+
+    What an earlier state left (metadata of dropped arrays) is removed; shards are not touched.
+    """
     files = derived_files(manifest, ledger)
     root = files.pop("zarr.json")
     for name, data in [*sorted(files.items()), ("zarr.json", root)]:
         path = paths.zarr / name
         if not path.is_file() or path.read_bytes() != data:
             replace_file(path, data)
-    names = [*files, "zarr.json"]
-    listing = {paths.relative(paths.zarr / name): sha256_file(paths.zarr / name) for name in sorted(names)}
-    replace_json(paths.derived, {"files": listing})
+    for name in stray_metadata(paths, {*files, "zarr.json"}):
+        remove_file(paths.zarr / name)
+    return sorted({*files, "zarr.json"})
+
+
+def stray_metadata(paths: StorePaths, derived: set[str]) -> list[str]:
+    """Return the files below ``zarr/`` that are neither shards of features nor in ``derived``."""
+    found = []
+    for folder, folders, names in os.walk(paths.zarr):
+        if Path(folder).name == "features":
+            folders[:] = [f for f in folders if f != "c"]
+        found += [(Path(folder) / name).relative_to(paths.zarr).as_posix() for name in names]
+    return sorted(set(found) - derived)
 
 
 def derived_files(manifest: Manifest, ledger: Ledger) -> dict[str, bytes]:
@@ -75,19 +91,20 @@ def _feature_group(root: Any, spec: FeatureSpec, manifest: Manifest, ledger: Led
         filters=None,
         dimension_names=AXES,
     )
-    features.attrs.update({
-        "long_name": f"{spec.teacher.name} {spec.layer.name}, view {spec.view.name}",
+    named = {
         "teacher": spec.teacher.name, "layer": spec.layer.name, "view": spec.view.name,
         "orientation": spec.view.orientation, "stride_tile_px": spec.stride_tile_px,
-        "offset_tile_px": spec.offset_tile_px, "codec": spec.encoding.codec, "digest": spec.digest(),
-        "spec": spec.to_json(),
-    })  # fmt: skip
+        "offset_tile_px": spec.offset_tile_px, "codec": spec.encoding.codec,
+    }  # fmt: skip
+    long_name = f"{spec.teacher.name} {spec.layer.name}, view {spec.view.name}"
+    features.attrs.update({**named, "long_name": long_name, "digest": spec.digest(), "spec": spec.to_json()})
     stats = ledger.stats(spec.key)
     for name, axis, length in (("y", "y", spec.grid[0]), ("x", "x", spec.grid[1])):
         centres = spec.offset_tile_px + spec.stride_tile_px * np.arange(length)
-        _array(group, name, centres, (axis,), "token centre in tile pixels, in the frame of the oriented view")
-    _array(group, "channel_mean", stats.mean, ("channel",), "mean over all committed tokens")
-    _array(group, "channel_std", stats.std, ("channel",), "standard deviation over all committed tokens")
+        _array(group, name, centres, (axis,),
+               "token centre in tile pixels, in the frame of the oriented view", named)  # fmt: skip
+    _array(group, "channel_mean", stats.mean, ("channel",), "mean over all committed tokens", named)
+    _array(group, "channel_std", stats.std, ("channel",), "standard deviation over all committed tokens", named)
 
 
 def _column(group: Any, name: str, values: list[str], text: str) -> None:
@@ -103,10 +120,12 @@ def _column(group: Any, name: str, values: list[str], text: str) -> None:
     array.attrs["long_name"] = text
 
 
-def _array(group: Any, name: str, values: Any, axes: tuple[str, ...], text: str) -> None:
+def _array(
+    group: Any, name: str, values: Any, axes: tuple[str, ...], text: str, named: Mapping[str, Any] | None = None
+) -> None:
     chunks = tuple(max(n, 1) for n in values.shape)
     array = group.create_array(
         name, shape=values.shape, chunks=chunks, dtype=values.dtype, compressors=None, dimension_names=axes
     )
     array[...] = values
-    array.attrs["long_name"] = text
+    array.attrs.update({**(named or {}), "long_name": text})

@@ -3,6 +3,7 @@
 ::
 
     RUN/recipe.yaml                       the resolved recipe
+    RUN/store.json                        which content of which store it reads; see ``run_store``
     RUN/metrics.json                      scores, written when the run is complete
     RUN/log.jsonl                         one object per step
     RUN/checkpoints/last.pt               everything mutable; read with ``weights_only=True``
@@ -207,7 +208,7 @@ def load_deployed(folder: RunFolder, kind: str, device: torch.device) -> tuple[F
     try:
         with safe_open(path, framework="pt") as file:
             identity = RunIdentity.from_json(json.loads((file.metadata() or {})["rsmtdf"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         model = build_fused_student(identity.recipe, len(identity.classes), identity.targets, load_weights=False)
         model.load_state_dict(tensors, strict=True)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -10,17 +10,18 @@ import json
 import multiprocessing
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from rsmtdf_cache.errors import ResourceError, RsmtdfError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
-from rsmtdf_cache.store import FeatureStore
+from rsmtdf_cache.share.address import Address
 from rsmtdf_train.recipe import Recipe, load_recipe
+from rsmtdf_train.run_store import open_run_store
 
 __all__ = ["TrainingJob", "run_jobs"]
 
@@ -30,12 +31,15 @@ _PATIENCE_S = 30.0  # for a step and a checkpoint after SIGTERM
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One run: what ``rsmtdf_train.loop.train`` needs, and a title for its progress bar."""
+    """One run: what ``rsmtdf_train.loop.train`` needs, and a title for its progress bar.
+
+    ``store``: folder or URL, with ``@SNAPSHOT`` or without.
+    """
 
     title: str
     recipe: Recipe
     out: Path
-    store: Path | None = None
+    store: Path | str | None = None
     device: str | None = None
 
 
@@ -70,8 +74,7 @@ def run_jobs(jobs: Sequence[TrainingJob], at_once: int = 1, on_event: EventSink 
     if len({job.out for job in jobs}) != len(jobs):
         raise UsageError("two runs share a folder; give each its own")
     context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools
-    snapshots = {store: FeatureStore.open(store).snapshot for store in {job.store for job in jobs} if store is not None}
-    waiting = [job for job in jobs if not _complete(job, snapshots)]
+    waiting = [job for job in _on_one_snapshot(jobs) if not _complete(job)]
     running: dict[Connection, _Running] = {}
     try:
         while waiting or running:
@@ -90,13 +93,28 @@ def run_jobs(jobs: Sequence[TrainingJob], at_once: int = 1, on_event: EventSink 
         _stop([r.process for r in running.values()])
 
 
-def _complete(job: TrainingJob, snapshots: Mapping[Path, str]) -> bool:
+def _on_one_snapshot(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
+    """Return ``jobs`` with the snapshot in the address of each store: arms stay paired while somebody appends to it.
+
+    It is the one that the first run which is there recorded, else what the store holds now.
+    """
+    addresses: dict[Path | str, str] = {}
+    for job in sorted(jobs, key=lambda job: not (job.out / "store.json").is_file()):
+        if job.store is not None and job.store not in addresses:
+            text = str(job.store)
+            named = Address.parse(text).snapshot is not None
+            addresses[job.store] = text if named else f"{text}@{open_run_store(text, job.out).snapshot}"
+    return [job if job.store is None else replace(job, store=addresses[job.store]) for job in jobs]
+
+
+def _complete(job: TrainingJob) -> bool:
     """Whether exactly this run is finished. Anything else is for ``train`` to judge: it continues or refuses."""
     try:
         metrics = json.loads((job.out / "metrics.json").read_text())
         same = load_recipe(job.out / "recipe.yaml") == job.recipe
-        store = None if job.store is None else snapshots[job.store]
-        return bool(same and metrics["step"] == job.recipe.steps and metrics["store"] == store)
+        snapshot = None if job.store is None else Address.parse(job.store).snapshot
+        stored = metrics["store"] == snapshot if snapshot is None else str(metrics["store"]).startswith(snapshot)
+        return bool(same and stored and metrics["step"] == job.recipe.steps)
     except (OSError, ValueError, KeyError, TypeError, UsageError):
         return False
 

@@ -34,6 +34,7 @@ from rsmtdf_train.metrics import Scores
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.state import TrainState, build_state
 from rsmtdf_train.step import batch_to, train_step
+from rsmtdf_train.targets import check_pins
 
 if TYPE_CHECKING:
     from rsmtdf_cache.store import FeatureStore
@@ -80,8 +81,9 @@ def pick_device(name: str | None) -> torch.device:
 def train(
     recipe: Recipe,
     out: Path,
-    store_path: Path | None = None,
+    store_path: Path | str | None = None,
     *,
+    pin: bool = False,
     device: str | None = None,
     on_event: TrainSink = lambda event: None,
     threads: int = 1,
@@ -89,24 +91,34 @@ def train(
 ) -> RunResult:
     """Train ``recipe`` into the run folder ``out`` and score it on ``recipe.eval_split``; return the result.
 
-    A run that is there already continues; a complete one is returned as it is. ``store_path``: the store of cached
-    targets; given without distillation it still decides the geometry of the crops, so that arms are paired.
+    A run that is there already continues; a complete one is returned as it is. ``store_path``: folder or URL of the
+    store of cached targets, with ``@SNAPSHOT`` or without; given without distillation it still decides the geometry of
+    the crops, so that arms are paired. A run that continues reads the snapshot it began with. ``pin``: keep that
+    snapshot from being collected as long as the pin in the store, owned by the run's folder, is there.
     Raises ``UsageError`` (recipe, or targets without a store), ``MismatchError`` (another run, store or dataset),
     ``DataError`` (dataset, damaged checkpoint), ``Interrupted`` after a signal. A loss that is not finite is a
     ``UsageError`` of the recipe.
     """
-    run = _open(recipe, out, store_path, device, threads)
+    if pin and (store_path is None or "://" in str(store_path)):
+        raise UsageError(
+            f"--pin writes into the store, which must be a local folder; --use-cache is {_shown(store_path)}"
+        )
+    run, store = _open(recipe, out, store_path, device, threads)
     if left_out := run.loader.dataset.left_out:
         on_event(Warned(f"{len(left_out)} tiles that the store's build could not use are left out of training"))
     state = build_state(recipe, len(run.identity.classes), run.identity.targets, run.device)
     _check_geometry(recipe, state)
     load_checkpoint(run.folder, run.identity, state)
     resumed_at = state.step
-    if state.step == recipe.steps and run.folder.metrics.is_file():
+    complete = state.step == recipe.steps and run.folder.metrics.is_file()
+    if not complete:
+        replace_file(run.folder.recipe, recipe.to_yaml().encode())  # first: a folder with a recipe is a run
+    if store is not None and store_path is not None:
+        _record_store(run, store, store_path, pin, on_event)
+    if complete:
         return RunResult(out, recipe.steps, resumed_at, json.loads(run.folder.metrics.read_text()))
     for folder in (run.folder.checkpoints, run.folder.pictures):
         folder.mkdir(parents=True, exist_ok=True)
-    replace_file(run.folder.recipe, recipe.to_yaml().encode())
     if state.step < recipe.steps:
         _steps(run, state, on_event, tensorboard)
     models = {"student": state.student.eval(), "ema": state.ema}
@@ -142,7 +154,9 @@ def scores_to_json(identity: RunIdentity, split: str, scores: dict[str, Scores],
     }
 
 
-def _open(recipe: Recipe, out: Path, store_path: Path | None, device: str | None, threads: int) -> Run:
+def _open(
+    recipe: Recipe, out: Path, store_path: Path | str | None, device: str | None, threads: int
+) -> tuple[Run, FeatureStore | None]:
     folder = RunFolder(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file; give a folder")
@@ -153,9 +167,11 @@ def _open(recipe: Recipe, out: Path, store_path: Path | None, device: str | None
     source.check([recipe.labeled, recipe.eval_split])
     store: FeatureStore | None = None
     if store_path is not None:
-        from rsmtdf_cache.store import FeatureStore
+        from rsmtdf_train.run_store import open_run_store
 
-        store = FeatureStore.open(store_path)
+        store = open_run_store(store_path, out)
+        if recipe.distill is not None:
+            check_pins(store, recipe.distill.pins)
     loader = BatchLoader.open(source, recipe, store, threads)
     shapes = () if loader.targets is None else tuple(
         TargetShape(key, t.channels, float(t.stride_px), float(t.offset_px)) for key, t in loader.targets.specs.items()
@@ -166,7 +182,29 @@ def _open(recipe: Recipe, out: Path, store_path: Path | None, device: str | None
     if folder.recipe.is_file() and not folder.last.is_file():  # stopped before its first checkpoint
         there = RunIdentity(folder.load_recipe(), identity.snapshot, source.classes, source.ignore_index, shapes)
         identity.require_same(there, out)
-    return Run(identity, folder, source, loader, chosen)
+    return Run(identity, folder, source, loader, chosen), store
+
+
+def _shown(address: Path | str | None) -> str:
+    if address is None:
+        return "not given"
+    from rsmtdf_cache.share.address import redact
+
+    return redact(str(address))
+
+
+def _record_store(run: Run, store: FeatureStore, address: Path | str, pin: bool, on_event: TrainSink) -> None:
+    """Write down which content the run reads: in its folder, in the catalogue and, with ``pin``, in the store."""
+    from rsmtdf_cache.share.catalogue import register_run
+    from rsmtdf_train.run_store import store_place, write_run_store
+
+    place = store_place(address)
+    if pin:
+        from rsmtdf_cache.upkeep.pins import pin_snapshot
+
+        pin_snapshot(Path(place), store.snapshot, owner=str(run.folder.root.resolve()))
+    write_run_store(run.folder.root, place, store)
+    register_run(run.folder.root, place, store.snapshot, run.identity.recipe.name, on_event)
 
 
 def _check_geometry(recipe: Recipe, state: TrainState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rsmtdf_cache.errors import UsageError, did_you_mean
+from rsmtdf_cache.request import parse_teacher
 from rsmtdf_cache.yaml_file import read_yaml
 
 __all__ = [
@@ -94,6 +96,20 @@ class DistillConfig(_Config):
     hidden: int = Field(default=256, gt=0, description="width of a translator's hidden layer")
     decay_to: float = Field(default=1.0, ge=0, description="factor of the weight at the last step, linear in between")
     only_steps: int = Field(default=0, ge=0, description="first steps with distillation alone, before any segmentation")
+    pins: dict[str, str] = Field(
+        default_factory=dict,
+        description="digest (8 or more hex digits) the store must have, by teacher/view/layer or teacher/size/layer",
+    )
+
+    @field_validator("pins")
+    @classmethod
+    def _pins_name_digests(cls, pins: dict[str, str]) -> dict[str, str]:
+        for key, digest in pins.items():
+            if key.count("/") != 2:
+                raise ValueError(f"{key!r}: write teacher/view/layer or teacher/size/layer")
+            if not re.fullmatch(r"[0-9a-f]{8,64}", digest):
+                raise ValueError(f"{key}: {digest!r} is no digest; write 8 to 64 of its hex digits, in quotes")
+        return pins
 
 
 class FuseConfig(_Config):
@@ -123,6 +139,9 @@ class Recipe(_Config):
     unlabeled_weight: float = Field(default=1.0, ge=0)
     distill: DistillConfig | None = DistillConfig()
     fuse: FuseConfig | None = FuseConfig()
+    teachers: tuple[str, ...] = Field(
+        default=(), description="--teacher of `cache build`: what a store of this recipe holds; reads no teacher"
+    )
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = Field(default=200, gt=0)
 
@@ -130,6 +149,16 @@ class Recipe(_Config):
     @classmethod
     def _labeled_is_a_name(cls, value: object) -> object:
         return str(value) if isinstance(value, int) else value
+
+    @field_validator("teachers")
+    @classmethod
+    def _teachers_can_be_asked_for(cls, teachers: tuple[str, ...]) -> tuple[str, ...]:
+        for text in teachers:
+            try:
+                parse_teacher(text)
+            except UsageError as error:
+                raise ValueError(str(error)) from None
+        return teachers
 
     @field_validator("student", mode="before")
     @classmethod

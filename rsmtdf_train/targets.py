@@ -31,6 +31,7 @@ __all__ = [
     "TargetMode",
     "TargetRequest",
     "TargetSpec",
+    "check_pins",
     "match_keys",
     "store_geometry",
     "target_specs",
@@ -101,10 +102,42 @@ def match_keys(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
 def target_specs(store: FeatureStore) -> dict[str, dict[int, FeatureSpec]]:
     """Return ``{target key: {orientation: spec}}`` of all a store holds, sorted by key."""
     found: dict[str, dict[int, FeatureSpec]] = defaultdict(dict)
-    for key in store.keys():  # noqa: SIM118 - a store is no mapping
+    for key in store.keys():
         spec = store.spec(key)
         found[f"{key.teacher}/s{spec.view.size_px}/{key.layer}"][spec.view.orientation] = spec
     return {key: dict(sorted(found[key].items())) for key in sorted(found)}
+
+
+def check_pins(store: FeatureStore, pins: Mapping[str, str]) -> None:
+    """Raise ``MismatchError`` that lists every array whose digest does not begin with its pin.
+
+    ``pins``: ``{key: hex digits}``. A key is ``teacher/view/layer``, or a target key: then the pin is the digest of the
+    array in orientation 0, and the arrays of all stored orientations must differ from it in the orientation alone.
+    """
+    lines: list[str] = []
+    targets = target_specs(store)
+    full = {str(spec.key): spec.digest() for by in targets.values() for spec in by.values()}
+    for key, pin in pins.items():
+        if key in full:
+            found = {full[key]}
+        elif key in targets:
+            found = {_upright(spec).digest() for spec in targets[key].values()}
+        else:
+            lines.append(f"{key}: pinned {pin}, not stored.{did_you_mean(key, [*targets, *full])}")
+            continue
+        lines += [
+            f"{key}: pinned {pin}, the store has {digest}" for digest in sorted(found) if not digest.startswith(pin)
+        ]
+    if lines:
+        listing = "\n  ".join(lines)
+        raise MismatchError(
+            f"{store.shown} does not hold the features that distill.pins of the recipe names:\n  {listing}\n"
+            "use the store that was pinned, build one with the same teachers, weights and views, or change the pins"
+        )
+
+
+def _upright(spec: FeatureSpec) -> FeatureSpec:
+    return spec.model_copy(update={"view": spec.view.model_copy(update={"orientation": 0})})
 
 
 def store_geometry(store: FeatureStore, crop_px: int, patterns: Sequence[str] = ()) -> Geometry:
@@ -121,7 +154,7 @@ def store_geometry(store: FeatureStore, crop_px: int, patterns: Sequence[str] = 
         specs = [s for s in specs if float(s.stride_tile_px).is_integer()]
         chosen = [key for key in chosen if next(iter(stored[key].values())) in specs]
     if not chosen:
-        raise UsageError(f"store {store.path}: no features on a pixel lattice; build a view of a dyadic scale")
+        raise UsageError(f"store {store.shown}: no features on a pixel lattice; build a view of a dyadic scale")
     shared = set.intersection(*(set(stored[key]) for key in chosen))
     return Geometry(store.tile_px, crop_px, lattice_px(specs), tuple(sorted(shared)))
 
@@ -151,7 +184,7 @@ class CachedTargets(TargetMode):
             mean, std = store.stats(spec.key)
             mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
             if not (np.isfinite(mean).all() and np.isfinite(std).all()):
-                raise MismatchError(f"{spec.key}: its statistics are not finite; rebuild this array of {store.path}")
+                raise MismatchError(f"{spec.key}: its statistics are not finite; rebuild this array of {store.shown}")
             # A channel that never changes carries nothing: it becomes 0 instead of amplified rounding.
             std = np.where(std > 1e-6 * np.maximum(1, np.abs(mean)), std, np.float32(np.inf))
             self.specs[key] = TargetSpec(key, spec.layer.channels, spec.stride_tile_px, spec.offset_tile_px, mean, std)
@@ -175,7 +208,7 @@ class CachedTargets(TargetMode):
                 absent.append(tile_id)
         if absent:
             raise MismatchError(
-                f"the run needs features of {len(wanted)} train tiles; {self.store.path} lacks {len(absent)} of them "
+                f"the run needs features of {len(wanted)} train tiles; {self.store.shown} lacks {len(absent)} of them "
                 f"({_few(absent)}). Build them, or take tiles that the build quarantined out of splits/train.txt:\n"
                 f"  {self._build_command(data)}"
             )
@@ -184,7 +217,7 @@ class CachedTargets(TargetMode):
         """Raise ``MismatchError`` when the store was built from other pixels than ``image``."""
         if pixel_digest(image) != self.store.tiles.record(self.row_of(tile_id)).digest:
             raise MismatchError(
-                f"tile {tile_id!r}: its pixels are not those that {self.store.path} was built from; "
+                f"tile {tile_id!r}: its pixels are not those that {self.store.shown} was built from; "
                 f"train on the dataset of the store, or build a new store from this one"
             )
 
@@ -225,7 +258,7 @@ class CachedTargets(TargetMode):
             if origin.startswith("seed "):
                 weights = f",pretrained=none,seed={origin.removeprefix('seed ')}"
             teachers.append(f"--teacher {name}{weights},layers={layers},scales={scale},orientations={turns}")
-        return f"rsmtdf cache build {data} --out {self.store.path} {' '.join(teachers)}"
+        return f"rsmtdf cache build {data} --out {self.store.shown} {' '.join(teachers)}"
 
 
 def _few(names: Sequence[str], most: int = 3) -> str:

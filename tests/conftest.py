@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -10,6 +11,21 @@ import pytest
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and so every process they start; tests of
 # interruption need the signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's own catalogue out of the tests: stores and runs register in a folder of this session.
+
+    It stands in the environment, so that the processes that tests start see it too.
+    """
+    before = os.environ.get("RSMTDF_HOME")
+    os.environ["RSMTDF_HOME"] = str(tmp_path_factory.mktemp("rsmtdf-home"))
+    yield
+    if before is None:
+        del os.environ["RSMTDF_HOME"]
+    else:
+        os.environ["RSMTDF_HOME"] = before
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import pickle
 import urllib.error
 import urllib.request
+import weakref
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError
+from rsmtdf_cache.teachers._digests import Stamp, find_digest, keep_digest, stamp_of, state_mark
 from rsmtdf_cache.teachers.base import TeacherRequest
 
 __all__ = [
@@ -30,6 +32,9 @@ __all__ = [
 ]
 
 _FILE_HINT = "give a safetensors file, or a torch file that holds tensors only"
+
+#: Networks that hold one file's weights and nothing else: the file, what was asked for, and the tensors' state then.
+_filled: weakref.WeakKeyDictionary[nn.Module, tuple[Stamp, str, tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -52,8 +57,20 @@ def usable_device(device: str | torch.device) -> torch.device:
 def weights_digest(network: nn.Module) -> str:
     """Return the sha256 over name, dtype, shape and bytes of every tensor of the state dict, sorted by name.
 
-    Counters of training batches are left out: they change no feature, and published files differ in them.
+    Counters of training batches are left out: they change no feature, and published files differ in them. For a network
+    that holds a file's weights untouched (``take_weights``) the digest is looked up, if it was computed before.
     """
+    stamp, asked, mark = _filled.get(network, (None, "", ()))
+    if stamp is None or mark != state_mark(network):
+        return _hash_state(network)
+    digest = find_digest(stamp, network, asked)
+    if digest is None:
+        digest = _hash_state(network)
+        keep_digest(stamp, network, asked, digest)
+    return digest
+
+
+def _hash_state(network: nn.Module) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         if name.endswith("num_batches_tracked"):
@@ -153,7 +170,10 @@ def take_weights(
         seed_weights(network, request.seed)
         return f"seed {request.seed}"
     path, origin = published() if request.weights is None else (Path(request.weights), "")
+    before = stamp_of(path) if path.is_file() else None
     fit_weights(network, convert(read_weights(path)), request.name, spare)
+    if before is not None and before == stamp_of(path):  # else the file was exchanged while it was read
+        _filled[network] = (before, request.name, state_mark(network))
     return origin or f"file {path.name}"
 
 

@@ -58,8 +58,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_default_build_holds_several_layers_at_two_scales_and_verifies(root: Path, capsys: object) -> None:
     store = FeatureStore.open(root / "store")
-    assert len({k.view for k in store.keys()}) == 2  # noqa: SIM118
-    assert len({k.layer for k in store.keys()}) >= 3  # noqa: SIM118
+    assert len({k.view for k in store.keys()}) == 2
+    assert len({k.layer for k in store.keys()}) >= 3
     assert store.tiles.splits == {"train": 8}
     assert rsmtdf("cache", "verify", root / "store", "--deep", "-q") == 0
 
@@ -70,7 +70,7 @@ def test_info_json_names_arrays_snapshot_and_teachers(root: Path, capsys: pytest
     found = json.loads(capsys.readouterr().out)
     store = FeatureStore.open(root / "store")
     assert found["snapshot"] == store.snapshot and found["tiles"] == 8
-    assert [a["key"] for a in found["arrays"]] == [str(k) for k in store.keys()]  # noqa: SIM118
+    assert [a["key"] for a in found["arrays"]] == [str(k) for k in store.keys()]
     assert found["nbytes"] == sum(p.stat().st_size for p in (root / "store").rglob("c/*/0/0/0"))
     assert rsmtdf("cache", "info", root / "store") == 0
 
@@ -114,7 +114,7 @@ def test_preview_draws_one_column_per_array_and_the_tiles(root: Path, tmp_path: 
         assert rsmtdf("cache", "preview", root / "store", root / "data", "--out", out, "--tiles", tiles, "-q") == 0
     one, two = (Image.open(tmp_path / f"{n}.png").size for n in (1, 2))
     assert one[0] == two[0] and two[1] > one[1]
-    assert one[0] > 100 * (1 + sum(k.view.endswith("o0") for k in FeatureStore.open(root / "store").keys()))  # noqa: SIM118
+    assert one[0] > 100 * (1 + sum(k.view.endswith("o0") for k in FeatureStore.open(root / "store").keys()))
 
 
 def break_data(change: Callable[[Path], object]) -> Callable[[Path, Path], tuple[object, ...]]:

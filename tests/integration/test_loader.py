@@ -25,7 +25,7 @@ from rsmtdf_cache.manifest import Manifest, create_manifest
 from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.specs import EncodingSpec, FeatureSpec, LayerSpec, NumericsProfile, PixelSpec, TeacherSpec, ViewSpec
 from rsmtdf_cache.store import FeatureStore
-from rsmtdf_cache.tiles import TileRecord, TileTable, pixel_digest
+from rsmtdf_cache.tiles import TileRecord, pixel_digest
 from rsmtdf_cache.views import Box, inverse_orientation, orient_point
 from rsmtdf_cache.writer import UnitWriter
 from rsmtdf_train.loader import BatchLoader
@@ -88,7 +88,7 @@ def write_store(
     known = {t.id: t for t in source.tiles()}
     paths = StorePaths(out)
     create_manifest(paths, Manifest(tile_px=TILE_PX, group_rows=GROUP_ROWS, dataset="painted"))
-    ledger = Ledger(paths, TileTable())
+    ledger = Ledger(paths)
     records = [
         TileRecord(t.id, pixel_digest(source.read_image(t)), t.split, str(t.image))
         for t in (known[f"t{n:03}"] for n in reversed(tiles))  # rows are not tile numbers

@@ -150,7 +150,8 @@ assert not foreign, foreign
 
 
 def test_the_run_folder_holds_what_the_contract_says(root: Path, whole: Path) -> None:
-    assert {p.name for p in whole.iterdir()} == {"recipe.yaml", "metrics.json", "log.jsonl", "checkpoints", "pictures"}
+    names = {"recipe.yaml", "store.json", "metrics.json", "log.jsonl", "checkpoints", "pictures"}
+    assert {p.name for p in whole.iterdir()} == names
     assert RunFolder(whole).load_recipe() == recipe(root)
     metrics = json.loads((whole / "metrics.json").read_text())
     assert metrics["split"] == "test" and metrics["seed"] == 0 and metrics["classes"] == ["class0", "class1", "class2"]

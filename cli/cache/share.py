@@ -1,0 +1,101 @@
+"""``rsmtdf cache push`` and ``pull``: copy stores, or parts of them, to and from URLs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rsmtdf_cli.cache.show import plain, size
+from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, progress
+
+if TYPE_CHECKING:
+    from rsmtdf_cache.share.pull import CopyReport
+    from rsmtdf_cache.share.select import Selection
+
+__all__ = ["pull", "push"]
+
+UrlArgument = Annotated[str, typer.Argument(help="Folder, s3://bucket/path, https://host/path …", show_default=False)]
+TeacherOption = Annotated[list[str] | None, typer.Option(help="Only these teachers; patterns (dino*); repeatable.")]
+LayerOption = Annotated[list[str] | None, typer.Option(help="Only these layers; patterns; repeatable.")]
+ViewOption = Annotated[list[str] | None, typer.Option(help="Only these views, e.g. s448o0; patterns; repeatable.")]
+TilesOption = Annotated[str | None, typer.Option(help="Only the row groups of a split, or of a file of tile ids.")]
+WorkersOption = Annotated[int, typer.Option(help="Transfers at once.", min=1, max=64)]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would travel, write nothing.")]
+
+
+@command
+def push(
+    store: Annotated[str, typer.Argument(help="Folder of the store, or FOLDER@SNAPSHOT.", show_default=False)],
+    url: UrlArgument,
+    teacher: TeacherOption = None,
+    layer: LayerOption = None,
+    view: ViewOption = None,
+    tiles: TilesOption = None,
+    workers: WorkersOption = 4,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Publish STORE at URL; a second push continues, or adds what is new. Images and masks never travel."""
+    from rsmtdf_cache.share.push import push_store
+
+    with progress(quiet) as on_event:
+        report = push_store(store, url, _selection(teacher, layer, view, tiles), on_event, workers, dry_run)
+    _show(report, json, quiet)
+
+
+@command
+def pull(
+    url: UrlArgument,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder to copy to; an earlier copy is continued.", show_default=False)
+    ],
+    teacher: TeacherOption = None,
+    layer: LayerOption = None,
+    view: ViewOption = None,
+    tiles: TilesOption = None,
+    workers: WorkersOption = 4,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Copy the store at URL (or URL@SNAPSHOT), or a part of it, into FOLDER; a stopped pull continues."""
+    from rsmtdf_cache.share.catalogue import register_store
+    from rsmtdf_cache.share.pull import pull_store
+
+    with progress(quiet) as on_event:
+        report = pull_store(url, folder, _selection(teacher, layer, view, tiles), on_event, workers, dry_run)
+        if not dry_run:
+            register_store(folder, on_event=on_event)
+    _show(report, json, quiet)
+
+
+def _selection(
+    teacher: list[str] | None, layer: list[str] | None, view: list[str] | None, tiles: str | None
+) -> Selection:
+    from rsmtdf_cache.share.select import Selection
+
+    return Selection(tuple(teacher or ()), tuple(layer or ()), tuple(view or ()), tiles)
+
+
+def _show(report: CopyReport, json: bool, quiet: bool) -> None:
+    if json:
+        emit_json(report.to_json())
+        return
+    if quiet:
+        return
+    plan = report.plan
+    along = f" (and {plan.tiles_along} that share their row groups)" if plan.tiles_along else ""
+    console().print(
+        f"{plain(report.source)} → {plain(report.target)}: {plan.tiles} tiles{along}, {len(plan.arrays)} array sets, "
+        f"{plan.units_before} units there already"
+    )
+    if report.dry_run:
+        console().print(f"would copy {plan.shards} shards, {size(plan.nbytes)}")
+        return
+    moved = (
+        f"copied {size(report.nbytes_moved)} in {report.seconds:.1f} s" if report.nbytes_moved else "nothing to copy"
+    )
+    console().print(f"{moved}; snapshot {report.snapshot[:16]}")

@@ -1,0 +1,1 @@
+"""Share stores: addresses, transports, push, pull, remote reading, the catalogue."""

@@ -1,0 +1,1 @@
+"""Keep a store sound and as large as it needs to be: canary, repair, drop and gc, merge and diff."""

@@ -1,0 +1,233 @@
+"""Which registered store fits a recipe; and if none does, why, and the command that builds one."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rsmtdf_cache.errors import MismatchError, RsmtdfError, UsageError
+from rsmtdf_cache.events import EventSink, ignore_events
+from rsmtdf_cache.request import TeacherAsked, parse_teacher
+from rsmtdf_cache.share.catalogue import registered_stores
+from rsmtdf_cache.sources import TileSource, open_source
+from rsmtdf_cache.tiles import pixel_digest
+from rsmtdf_cache.views import ORIENTATION_SETS, base_size_px
+from rsmtdf_train.recipe import DistillConfig, Recipe
+from rsmtdf_train.targets import CachedTargets, check_pins, match_keys, store_geometry, target_specs
+
+if TYPE_CHECKING:
+    from rsmtdf_cache.specs import FeatureSpec
+    from rsmtdf_cache.store import FeatureStore
+
+__all__ = ["FoundStore", "build_command", "find_store", "how_to_build"]
+
+#: Tiles whose pixels are compared with the store before it is offered; training compares every tile it reads.
+_COMPARED_TILES = 32
+
+
+@dataclass(frozen=True)
+class FoundStore:
+    """The store that was chosen, and how many others fit as well."""
+
+    path: str
+    snapshot: str
+    others: int
+
+
+class _Misfit(Exception):
+    """Why a store does not fit. ``appendable``: it is of this dataset, and a build could add what it lacks."""
+
+    def __init__(self, reason: str, appendable: bool = False) -> None:
+        super().__init__(reason)
+        self.appendable = appendable
+
+
+def find_store(recipe: Recipe, on_event: EventSink = ignore_events) -> FoundStore:
+    """Return the registered store that fits ``recipe``, of several the one registered last.
+
+    A store fits when it was built from the recipe's dataset (tile side, ids of the train split, pixels of some of its
+    tiles), holds the teachers, layers and scales of ``recipe.teachers`` and features for every pattern of
+    ``distill.keys``, has them committed for all train tiles but the quarantined ones, and agrees with ``distill.pins``.
+    Raises ``UsageError`` with each store's reason and the command that builds a fitting one.
+    """
+    source = open_source(recipe.data)
+    fitting: list[FoundStore] = []
+    misfits: list[str] = []
+    append_to: str | None = None
+    for entry in registered_stores(on_event):
+        try:
+            store = _open(entry.path)
+            _judge(store, recipe, source)
+            fitting.append(FoundStore(entry.path, store.snapshot, 0))
+        except _Misfit as misfit:
+            misfits.append(f"{entry.path}: {misfit}")
+            if misfit.appendable and append_to is None and "://" not in entry.path:
+                append_to = entry.path
+        except (RsmtdfError, OSError, ImportError) as error:
+            misfits.append(f"{entry.path}: {str(error).partition(chr(10))[0]}")
+    if fitting:
+        return FoundStore(fitting[0].path, fitting[0].snapshot, len(fitting) - 1)
+    reasons = "".join(f"\n  {line}" for line in misfits) or "\n  no store is registered"
+    raise UsageError(
+        f"--use-cache: none of the {len(misfits)} registered stores fits the recipe {recipe.name!r} "
+        f"(see `rsmtdf cache list`):{reasons}\n{how_to_build(recipe, source, append_to)}"
+    )
+
+
+def how_to_build(recipe: Recipe, source: TileSource, append_to: str | None = None) -> str:
+    """Return a sentence with the command that builds what ``recipe`` reads."""
+    command = build_command(recipe, source, append_to)
+    if not _asked(recipe):
+        command += " --teacher NAME"
+        return (
+            "The recipe does not say which teachers it wants. Name them in its section `teachers`, and build a store "
+            f"with them:\n  {command}"
+        )
+    return f"Build one, then run this command again:\n  {command}"
+
+
+def build_command(recipe: Recipe, source: TileSource, append_to: str | None = None) -> str:
+    """Return the ``rsmtdf cache build`` command of a store for ``recipe``.
+
+    Teachers are those of ``recipe.teachers``, else those that ``distill.keys`` and ``distill.pins`` name in full. What
+    their texts leave open is taken from the patterns: layers and scales, where all patterns of a teacher name them.
+    """
+    out = append_to or _new_folder(recipe.data)
+    teachers = [f"--teacher {shlex.quote(_completed(text, recipe, source))}" for text in _asked(recipe)]
+    return " ".join(["rsmtdf cache build", shlex.quote(str(recipe.data)), "--out", shlex.quote(out), *teachers])
+
+
+def _open(path: str) -> FeatureStore:
+    from rsmtdf_cache.store import FeatureStore
+
+    if "://" not in path and not Path(path).is_dir():
+        raise _Misfit("the folder does not exist; `rsmtdf cache forget` takes it out of the list")
+    return FeatureStore.open(path)
+
+
+def _judge(store: FeatureStore, recipe: Recipe, source: TileSource) -> None:
+    """Raise ``_Misfit``, or what the trainer would raise, unless ``store`` fits."""
+    if store.tile_px != source.tile_px:
+        raise _Misfit(f"holds tiles of {store.tile_px} px, {source.root} has {source.tile_px} px")
+    train = [tile for tile in source.tiles(["train"]) if tile.id not in store.quarantined]
+    known = [tile for tile in train if tile.id in store.tiles]
+    if not known:
+        raise _Misfit(f"was built from another dataset: it has none of the train tiles of {source.root}")
+    for tile in known[:: -(-len(known) // _COMPARED_TILES)]:
+        if pixel_digest(source.read_image(tile)) != store.tiles.record(store.tiles.row_of(tile.id)).digest:
+            raise _Misfit(f"was built from another dataset: its tile {tile.id!r} has other pixels")
+    if len(known) < len(train):
+        absent = [tile.id for tile in train if tile.id not in store.tiles]
+        raise _Misfit(f"lacks {len(absent)} of {len(train)} train tiles ({_few(absent)})", appendable=True)
+    stored = target_specs(store)
+    for text in recipe.teachers:
+        _judge_teacher(parse_teacher(text), [spec for by in stored.values() for spec in by.values()])
+    distill = recipe.distill or DistillConfig()
+    for pattern in distill.keys:
+        if not any(fnmatchcase(key, pattern) for key in stored):
+            raise _Misfit(f"holds no features that match {pattern!r} (it has {_few(list(stored))})", appendable=True)
+    if recipe.distill is not None:
+        try:
+            check_pins(store, recipe.distill.pins)
+        except MismatchError as error:
+            raise _Misfit("; ".join(line.strip() for line in str(error).splitlines()[1:-1])) from None
+    geometry = store_geometry(store, recipe.crop_px)
+    for key in match_keys(distill.keys, list(stored)):
+        for orientation in geometry.orientations:
+            if orientation not in stored[key]:
+                raise _Misfit(f"{key} is not stored in orientation {orientation}, other features are", appendable=True)
+            rows = store.committed(stored[key][orientation].key)
+            absent = [tile.id for tile in train if not rows[store.tiles.row_of(tile.id)]]
+            if absent:
+                where = str(stored[key][orientation].key)
+                raise _Misfit(
+                    f"{where} lacks {len(absent)} of {len(train)} train tiles ({_few(absent)})", appendable=True
+                )
+    CachedTargets(store, distill.keys, geometry)
+
+
+def _judge_teacher(asked: TeacherAsked, specs: Sequence[FeatureSpec]) -> None:
+    mine = [spec for spec in specs if _is(asked.name, spec.teacher.name)]
+    if not mine:
+        names = sorted({spec.teacher.name for spec in specs})
+        raise _Misfit(f"holds no features of teacher {asked.name} (it has {_few(names)})", appendable=True)
+    layers = {spec.layer.name for spec in mine}
+    if missing := sorted(set(asked.layers or ()) - layers):
+        raise _Misfit(f"lacks {_few(missing)} of teacher {asked.name}", appendable=True)
+    scales = {spec.view.size_px / base_size_px(spec.teacher, spec.tile_px) for spec in mine}
+    if missing := [f"scale {scale:g}" for scale in asked.scales or () if scale not in scales]:
+        raise _Misfit(f"lacks {_few(missing)} of teacher {asked.name}", appendable=True)
+    turns = {spec.view.orientation for spec in mine}
+    if not set(ORIENTATION_SETS.get(asked.orientations or 1, ())) <= turns:
+        raise _Misfit(
+            f"has {len(turns)} orientations of teacher {asked.name}, not {asked.orientations}", appendable=True
+        )
+
+
+def _is(asked: str, stored: str) -> bool:
+    """Whether the teacher asked for as ``asked`` is stored as ``stored``: ``timm:a.b`` is stored as ``timm-a.b``."""
+    return asked == stored or (asked.startswith("timm:") and f"timm-{asked[5:]}" == stored)
+
+
+def _asked(recipe: Recipe) -> list[str]:
+    """Return the teachers of the recipe as ``--teacher`` texts."""
+    if recipe.teachers:
+        return list(recipe.teachers)
+    named = [key.split("/")[0] for key in _patterns(recipe)]
+    return list(dict.fromkeys(name.replace("timm-", "timm:", 1) for name in named if name and not _is_glob(name)))
+
+
+def _patterns(recipe: Recipe) -> list[str]:
+    return [] if recipe.distill is None else [*recipe.distill.keys, *recipe.distill.pins]
+
+
+def _completed(text: str, recipe: Recipe, source: TileSource) -> str:
+    """Return the ``--teacher`` text with the layers and scales that the recipe's patterns name for it."""
+    asked = parse_teacher(text)
+    stored_as = asked.name.replace("timm:", "timm-", 1)
+    mine = [p.split("/") for p in _patterns(recipe) if fnmatchcase(stored_as, p.split("/")[0])]
+    if not mine or any(len(parts) != 3 for parts in mine):
+        return text
+    layers = list(dict.fromkeys(parts[2] for parts in mine))
+    if asked.layers is None and not any(_is_glob(layer) for layer in layers):
+        text += f",layers={'+'.join(layers)}"
+    sizes = {parts[1].partition("o")[0].removeprefix("s") for parts in mine}
+    if asked.scales is None and all(size.isdecimal() for size in sizes):
+        base = _base_px(asked, source.tile_px)
+        if base is not None:
+            text += f",scales={'+'.join(f'{int(size) / base:g}' for size in sorted(sizes, key=int, reverse=True))}"
+    return text
+
+
+def _base_px(asked: TeacherAsked, tile_px: int) -> int | None:
+    """Return the side of the teacher's view at scale 1, or None when the teacher cannot be asked here.
+
+    The network is made with random weights: its geometry is wanted, and nothing is downloaded.
+    """
+    from rsmtdf_cache.teachers import load
+    from rsmtdf_cache.teachers.base import TeacherRequest
+
+    try:
+        return base_size_px(load(TeacherRequest(asked.name, "none", layers=asked.layers)).spec, tile_px)
+    except (RsmtdfError, MemoryError):
+        return None
+
+
+def _new_folder(data: Path) -> str:
+    folder, number = f"{data}.store", 1
+    while Path(folder).exists():
+        number += 1
+        folder = f"{data}-{number}.store"
+    return folder
+
+
+def _is_glob(text: str) -> bool:
+    return any(mark in text for mark in "*?[")
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
