@@ -186,7 +186,7 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else 120  # a table in a file is not cut at 80
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 1000  # no line or table in a file is folded
     return Console(stderr=stderr, highlight=False, width=width)
 
 

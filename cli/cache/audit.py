@@ -116,18 +116,20 @@ def _show(
     store: Path, deep: bool, repaired: RepairReport | None, recomputed: list[Recomputed], is_faulty: bool
 ) -> None:
     for item in repaired.done if repaired else []:
-        console().print(plain(f"{item.path}: {item.action}"))
+        console().print(plain(f"{item.path}: {item.action}"), soft_wrap=True)
     for array in recomputed:
         bits = "all bytes equal" if array.equal else "other bytes"
         where = "" if array.same_numerics else ", on another device or torch than recorded"
-        console().print(plain(f"{array.key}: {array.tiles} tiles, lowest cosine {array.cosine:.6f}, {bits}{where}"))
+        console().print(
+            plain(f"{array.key}: {array.tiles} tiles, lowest cosine {array.cosine:.6f}, {bits}{where}"), soft_wrap=True
+        )
     if is_faulty:
         return
     text = "no findings"
     if repaired is not None:
         text = f"repaired, now at snapshot {repaired.snapshot}" if repaired.done else "nothing to repair"
     hint = "" if deep else " (--deep also compares every byte)"
-    console().print(f"{plain(str(store))}: {text}{hint}")
+    console().print(f"{plain(str(store))}: {text}{hint}", soft_wrap=True)
 
 
 def _refuse(store: Path, findings: list[Finding]) -> None:
