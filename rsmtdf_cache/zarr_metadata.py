@@ -56,9 +56,8 @@ def derived_files(manifest: Manifest, ledger: Ledger) -> dict[str, bytes]:
 
     contents: dict[str, Any] = {}
     memory = MemoryStore(contents)
-    root = zarr.create_group(memory, zarr_format=3)
+    root = zarr.create_group(memory, zarr_format=3, attributes=manifest.model_dump(mode="json"))
     table = ledger.table
-    root.attrs.update(manifest.model_dump(mode="json"))
     _column(root, "tile", table.ids, "tile id; '' marks a row without a tile")
     tiles = root.create_group("tiles")
     _column(tiles, "split", [r.split if r else "" for r in table.records], "split of the dataset")
@@ -80,7 +79,13 @@ def derived_files(manifest: Manifest, ledger: Ledger) -> dict[str, bytes]:
 def _feature_group(root: Any, spec: FeatureSpec, manifest: Manifest, ledger: Ledger, path: str) -> None:
     shard = shard_layout(spec, manifest.group_rows)
     group = root.require_group(path)
-    features = group.create_array(
+    named = {
+        "teacher": spec.teacher.name, "layer": spec.layer.name, "view": spec.view.name,
+        "orientation": spec.view.orientation, "stride_tile_px": spec.stride_tile_px,
+        "offset_tile_px": spec.offset_tile_px, "codec": spec.encoding.codec,
+    }  # fmt: skip
+    long_name = f"{spec.teacher.name} {spec.layer.name}, view {spec.view.name}"
+    group.create_array(
         "features",
         shape=(len(ledger.table), *spec.grid, spec.layer.channels),
         chunks=shard.chunk,
@@ -90,14 +95,8 @@ def _feature_group(root: Any, spec: FeatureSpec, manifest: Manifest, ledger: Led
         compressors=None,
         filters=None,
         dimension_names=AXES,
+        attributes={**named, "long_name": long_name, "digest": spec.digest(), "spec": spec.to_json()},
     )
-    named = {
-        "teacher": spec.teacher.name, "layer": spec.layer.name, "view": spec.view.name,
-        "orientation": spec.view.orientation, "stride_tile_px": spec.stride_tile_px,
-        "offset_tile_px": spec.offset_tile_px, "codec": spec.encoding.codec,
-    }  # fmt: skip
-    long_name = f"{spec.teacher.name} {spec.layer.name}, view {spec.view.name}"
-    features.attrs.update({**named, "long_name": long_name, "digest": spec.digest(), "spec": spec.to_json()})
     stats = ledger.stats(spec.key)
     for name, axis, length in (("y", "y", spec.grid[0]), ("x", "x", spec.grid[1])):
         centres = spec.offset_tile_px + spec.stride_tile_px * np.arange(length)
@@ -115,9 +114,9 @@ def _column(group: Any, name: str, values: list[str], text: str) -> None:
         dtype=str,
         compressors=None,
         dimension_names=("tile",),
+        attributes={"long_name": text},
     )
     array[:] = np.array(values, dtype=object)
-    array.attrs["long_name"] = text
 
 
 def _array(
@@ -125,7 +124,7 @@ def _array(
 ) -> None:
     chunks = tuple(max(n, 1) for n in values.shape)
     array = group.create_array(
-        name, shape=values.shape, chunks=chunks, dtype=values.dtype, compressors=None, dimension_names=axes
-    )
+        name, shape=values.shape, chunks=chunks, dtype=values.dtype, compressors=None, dimension_names=axes,
+        attributes={**(named or {}), "long_name": text},
+    )  # fmt: skip
     array[...] = values
-    array.attrs.update({**(named or {}), "long_name": text})

@@ -7,8 +7,9 @@ unsynced content is empty (delayed allocation).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class PowerRecorder:
     states: list[tuple[str, State]] = field(default_factory=list)
     _content: dict[int, bytes] = field(default_factory=dict)  # inode → durable bytes
     _names: dict[str, dict[str, int | None]] = field(default_factory=dict)  # folder → its durable entries
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
     def recording(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -41,6 +43,10 @@ class PowerRecorder:
         place = paths[-1]
         if not place.is_relative_to(self.root):
             return
+        with self._lock:
+            self._note(operation, place)
+
+    def _note(self, operation: str, place: Path) -> None:
         if operation == "fsync":
             self._content[place.stat().st_ino] = place.read_bytes()
         elif operation == "fsync_folder":
@@ -54,7 +60,11 @@ class PowerRecorder:
 
     @staticmethod
     def _entries(folder: Path) -> dict[str, int | None]:
-        return {p.name: None if p.is_dir() else p.stat().st_ino for p in folder.iterdir()}
+        entries: dict[str, int | None] = {}
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):
+                entries[path.name] = None if path.is_dir() else path.stat().st_ino
+        return entries
 
     def _durable(self, folder: str, state: State) -> State:
         for name, inode in self._names.get(folder, {}).items():
@@ -69,7 +79,8 @@ class PowerRecorder:
     def _named(self) -> State:
         state: State = {}
         for path in sorted(self.root.rglob("*")):
-            state[self._name(path)] = None if path.is_dir() else self._content.get(path.stat().st_ino, b"")
+            with suppress(FileNotFoundError):  # a draft of another thread
+                state[self._name(path)] = None if path.is_dir() else self._content.get(path.stat().st_ino, b"")
         return state
 
 

@@ -60,7 +60,8 @@ def open_backend(address: Address) -> Backend:
         get_filesystem_class(address.scheme)
     except ImportError as error:
         extra = _EXTRAS.get(address.scheme)
-        hint = f"pip install 'rsmtdf[{extra}]'" if extra else address.redact(str(error))
+        install = f"pip install 'rsmtdf[{extra}]' (in a clone: pip install -e '.[{extra}]')"
+        hint = install if extra else address.redact(str(error))
         raise ResourceError(f"{address.shown}: a package for {address.scheme}:// is missing: {hint}") from None
     return _Web(address) if address.is_http else _Objects(address)
 

@@ -6,7 +6,6 @@ commit record, the head last. A draft that a kill left in ``tmp/`` is continued;
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -21,6 +20,7 @@ from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart,
 from rsmtdf_cache.files import (
     build_lock,
     disk_errors,
+    fsync_file,
     fsync_folder,
     link_file,
     make_folders,
@@ -198,8 +198,7 @@ class _Copy:
         draft = self.drafts / f"record-{uuid.uuid4().hex}"
         with record.open("rb") as origin, draft.open("xb") as file:
             shutil.copyfileobj(origin, file)
-            file.flush()
-            os.fsync(file.fileno())
+            fsync_file(file, draft)
         # A table file without its record is a killed copy's: no one reads it.
         rename_file(draft, place) if place.suffix == ".parquet" else link_file(draft, place)
         draft.unlink(missing_ok=True)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from rsmtdf_cache.errors import FindingsError, ResourceError, RsmtdfError
-from rsmtdf_cache.files import sha256_file
+from rsmtdf_cache.files import fsync_file, sha256_file
 from rsmtdf_cache.share.address import Address, redact
 from rsmtdf_cache.share.backends import BLOCK_NBYTES, Backend, open_backend
 from rsmtdf_cache.share.names import checked_name
@@ -151,8 +150,7 @@ class Transport:
                     "incomplete, or changes right now: try again later"
                 ) from None
             finally:
-                file.flush()
-                os.fsync(file.fileno())
+                fsync_file(file, draft)
         if have != nbytes:
             raise FindingsError(
                 f"{self.address.shown}: {name} has {have} bytes, its record says {nbytes}; the remote store is "

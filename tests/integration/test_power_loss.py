@@ -11,9 +11,13 @@ import pytest
 
 from rsmtdf_cache.build import build_store
 from rsmtdf_cache.errors import RsmtdfError
+from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.request import BuildRequest
+from rsmtdf_cache.share.pull import pull_store
 from rsmtdf_cache.store import FeatureStore
+from rsmtdf_cache.upkeep.gc import collect, drop_arrays
+from rsmtdf_cache.upkeep.pins import pin_snapshot
 from rsmtdf_cache.verify import verify_store
 from tests.datasets import write_dataset
 from tests.power import PowerRecorder, State, write_state
@@ -32,8 +36,8 @@ def content(out: Path) -> dict[str, bytes]:
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted((out / "zarr").rglob("*")) if p.is_file()}
 
 
-def committed_values(out: Path) -> dict[str, bytes]:
-    store = FeatureStore.open(out, verify_reads="always")
+def committed_values(out: Path, snapshot: str | None = None) -> dict[str, bytes]:
+    store = FeatureStore.open(out, snapshot=snapshot, verify_reads="always")
     found = {}
     for key in store.keys():
         for row in np.flatnonzero(store.committed(key)):
@@ -44,9 +48,9 @@ def committed_values(out: Path) -> dict[str, bytes]:
 def different(states: list[tuple[str, State]]) -> list[tuple[str, State]]:
     seen: dict[str, tuple[str, State]] = {}
     for label, state in states:
-        # Drafts have random names and count for nothing.
+        # Drafts have random names and count for nothing; of states that differ in them, the one seen last is taken.
         facts = sorted((p, c) for p, c in state.items() if not p.startswith("tmp/") and not p.endswith(".tmp"))
-        seen.setdefault(hashlib.sha256(repr(facts).encode()).hexdigest(), (label, state))
+        seen[hashlib.sha256(repr(facts).encode()).hexdigest()] = (label, state)
     return list(seen.values())
 
 
@@ -95,11 +99,59 @@ def test_power_loss_while_the_ledger_is_compacted_loses_no_commit(
     with recorder.recording(monkeypatch):
         build(data, out)
         first, values = len(recorder.states), committed_values(out)
-        from rsmtdf_cache.layout import StorePaths
-
         Ledger.load(StorePaths(out)).compact(tail_max=0)
     assert committed_values(out) == values and not list((out / "ledger" / "commits").rglob("*.json"))
     for label, state in different(recorder.states[first:]):
         write_state(state, tmp_path / "crashed")
         assert committed_values(tmp_path / "crashed") == values, label
         shutil.rmtree(tmp_path / "crashed")
+
+
+def test_power_loss_while_garbage_is_collected_harms_neither_the_store_nor_a_pin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_dataset(tmp_path / "data", tiles=6, tile_px=32)
+    out = tmp_path / "out"
+    out.mkdir()
+    recorder = PowerRecorder(out)
+    with recorder.recording(monkeypatch):
+        build(data, out)
+        pin = pin_snapshot(out, None, "a run")
+        build(data, out, ("train", "val"))
+        drop_arrays(out, ["mean/*/mean8"])
+        first = len(recorder.states)
+        collect(out)
+    values, pinned = committed_values(out), committed_values(out, pin.snapshot)
+    assert values and pinned and not pinned.keys() <= values.keys()
+    for label, state in different(recorder.states[first:]):
+        crashed = tmp_path / "crashed"
+        write_state(state, crashed)
+        for _ in range(2):  # as the crash left it, and when the next collection has finished
+            assert committed_values(crashed) == values, label
+            assert committed_values(crashed, pin.snapshot) == pinned, label
+            collect(crashed)
+        assert content(crashed) == content(out), label
+        assert verify_store(crashed, deep=True) == [], label
+        shutil.rmtree(crashed)
+
+
+def test_power_loss_during_a_pull_leaves_what_the_same_pull_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    build(write_dataset(tmp_path / "data", tiles=6, tile_px=32), source)
+    out.mkdir()
+    recorder = PowerRecorder(out)
+    with recorder.recording(monkeypatch):
+        pull_store(str(source), out, workers=1)
+    values = committed_values(source)
+    assert content(out) == content(source)
+    for label, state in different(recorder.states):
+        crashed = tmp_path / "crashed"
+        write_state(state, crashed)
+        if (crashed / "manifest.json").is_file():
+            assert committed_values(crashed).items() <= values.items(), label
+        pull_store(str(source), crashed, workers=1)
+        assert content(crashed) == content(source), label
+        assert verify_store(crashed, deep=True) == [], label
+        shutil.rmtree(crashed)
