@@ -36,10 +36,13 @@ def _no_step(step: int) -> None:
 after_step: Callable[[int], None] = _no_step
 
 
-def clear_drafts(paths: StorePaths) -> None:
-    """Remove what killed builders left. Only the holder of the build lock may call this."""
+def clear_drafts(paths: StorePaths, transfers: bool = False) -> None:
+    """Remove what killed builders left. Only the holder of the build lock may call this.
+
+    ``transfers``: also what a stopped pull brought of shards, and would continue.
+    """
     for draft in paths.tmp.glob("*"):
-        if draft.name == "pull":  # half a transfer, which the next pull continues; `cache gc` removes it too
+        if draft.name == "pull" and not transfers:
             continue
         shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
     with contextlib.suppress(OSError):

@@ -114,7 +114,7 @@ def collect(root: Path | str, on_event: EventSink = ignore_events) -> GcPlan:
             on_event(Progress("gc", len(shards[start : start + 100])))
         _remove_empty_folders(paths.zarr)
         _remove_empty_folders(paths.ledger / "commits")
-        clear_drafts(paths)
+        clear_drafts(paths, transfers=True)
         on_event(ProgressEnd("gc"))
     return plan
 
@@ -123,7 +123,7 @@ def _announce(paths: StorePaths, ledger: Ledger) -> GcPlan:
     """Return the plan, after everybody who pins from now on can read what it deletes (see ``pins.pin_snapshot``)."""
     plan = plan_of(paths, ledger, alone=True)
     drafts = {f.path: f for f in plan.files if f.reason == DRAFT}
-    clear_drafts(paths)
+    clear_drafts(paths, transfers=True)
     while True:
         announced = {f.path for f in plan.files}
         replace_json(doomed_record(paths), {"files": sorted(announced)})

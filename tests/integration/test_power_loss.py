@@ -24,9 +24,11 @@ from tests.power import PowerRecorder, State, write_state
 from tests.teachers import load_mean_teacher
 
 
-def build(data: Path, out: Path, splits: tuple[str, ...] = ("train",)) -> None:
+def build(
+    data: Path, out: Path, splits: tuple[str, ...] = ("train",), layers: tuple[str, ...] = ("mean8", "mean16")
+) -> None:
     values = {
-        "data": data, "out": out, "teachers": ["mean"], "group_rows": 2, "threads": 1, "micro_batch": 2,
+        "data": data, "out": out, "teachers": [{"name": "mean", "layers": layers}], "group_rows": 2, "threads": 1, "micro_batch": 2,
         "scales": (1.0,), "splits": splits,
     }  # fmt: skip
     build_store(BuildRequest.of(values), load_teacher=load_mean_teacher)
@@ -63,7 +65,8 @@ def test_power_loss_after_any_operation_loses_no_commit_and_the_same_command_fin
     out.mkdir()
     recorder = PowerRecorder(out)
     with recorder.recording(monkeypatch):
-        build(data, out)
+        layers = ("mean8", "mean16") if append else ("mean8",)
+        build(data, out, layers=layers)
         first = len(recorder.states)
         if append:
             build(data, out, ("train", "val", "test"))
@@ -82,7 +85,7 @@ def test_power_loss_after_any_operation_loses_no_commit_and_the_same_command_fin
             before = {}
         assert before.items() <= values.items(), label
         partly += 0 < len(before) < len(values)
-        build(data, crashed, splits)
+        build(data, crashed, splits, layers)
         assert content(crashed) == whole, label
         assert verify_store(crashed, deep=True) == [], label
         shutil.rmtree(crashed)
