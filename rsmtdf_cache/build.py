@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 
 from rsmtdf_cache.encode import TileReader, encode_unit
-from rsmtdf_cache.errors import DataError, Interrupted, UsageError
+from rsmtdf_cache.errors import DataError, Interrupted, RsmtdfError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import build_lock, disk_errors, replace_json
-from rsmtdf_cache.head import write_head
+from rsmtdf_cache.head import load_whole, write_head
 from rsmtdf_cache.index import Quarantined, index_tiles, new_records
 from rsmtdf_cache.layout import ArraySet, StorePaths
 from rsmtdf_cache.ledger import TAIL_MAX, Ledger
@@ -92,10 +93,13 @@ def build_store(
     specs = [s for job in jobs for s in job.specs]
     report = BuildReport(request.out, dry_run, len(records), quarantined, [])
     if paths.manifest.is_file():
-        refuse_other_content(load_manifest(paths), Ledger.load(paths), specs, source, request)
+        refuse_other_content(load_manifest(paths), load_whole(paths), specs, source, request)
     if dry_run:
         rows = decide_group_rows(request, paths, specs)
-        report.arrays = [planned_array(s, len(records), rows) for s in specs]
+        known = load_whole(paths) if paths.manifest.is_file() else None
+        if known is not None:
+            new_records(known.table, records, request.out)
+        report.arrays = [planned_array(s, records, rows, known) for s in specs]
         return report
     with disk_errors(request.out):
         refuse_foreign_content(request.out)
@@ -126,7 +130,7 @@ def _run(
     request: BuildRequest, source: TileSource, records: list[TileRecord], jobs: list[TeacherJob], paths: StorePaths,
     manifest: Manifest, report: BuildReport, on_event: EventSink,
 ) -> None:  # fmt: skip
-    ledger = Ledger.load(paths)
+    ledger = load_whole(paths)
     # Again, under the lock: another builder may have been here since.
     refuse_other_content(manifest, ledger, [s for job in jobs for s in job.specs], source, request)
     fresh = new_records(ledger.table, records, request.out)
@@ -149,8 +153,13 @@ def _run(
                 ledger.add_set(arrays, decide_profile(request, teacher))
     write_head(paths, manifest, ledger, final=False)
     check_space(request.out, ledger, [a for _, sets in planned for a in sets], groups, manifest.group_rows)
-    for teacher, sets in planned:
-        _run_teacher(request, teacher, sets, groups, ledger, manifest, reader, report, on_event)
+    try:
+        for teacher, sets in planned:
+            _run_teacher(request, teacher, sets, groups, ledger, manifest, reader, report, on_event)
+    except BaseException:
+        with contextlib.suppress(OSError, RsmtdfError):  # so that what is committed can be pulled, where there is room
+            write_head(paths, manifest, ledger, final=False)
+        raise
     ledger.compact()
     write_head(paths, manifest, ledger)
 

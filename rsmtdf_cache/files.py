@@ -169,6 +169,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FindingsError(f"{path}: {path.stat().st_size} bytes, a record has at most {RECORD_NBYTES_MAX}; {hint}")
     try:
         body = json.loads(path.read_bytes())
+        if not isinstance(body, dict):
+            raise TypeError("not an object")
         checksum = body.pop("checksum")
         intact = digest_of(body) == checksum
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -196,7 +198,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 "what is committed stays, the rest continues"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO):
-            raise ResourceError(f"cannot write to {folder}: {error.strerror}; choose a writable --out") from error
+            raise ResourceError(
+                f"cannot write to {folder}: {error.strerror}; choose a place that can be written to"
+            ) from error
         raise
 
 

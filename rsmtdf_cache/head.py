@@ -20,17 +20,34 @@ from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest
 from rsmtdf_cache.zarr_metadata import write_metadata
 
-__all__ = ["Head", "find_snapshot", "parse_head", "read_head", "record_files", "record_snapshot", "write_head"]
+__all__ = [
+    "Head",
+    "content_lost",
+    "find_snapshot",
+    "load_whole",
+    "lost_records",
+    "parse_head",
+    "read_head",
+    "record_files",
+    "record_snapshot",
+    "write_head",
+]
 
 _HEX64 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Head:
-    """``ledger/head.json``: the snapshot root, and ``{path: (bytes, sha256)}`` of what stands for it."""
+    """``ledger/head.json``: the snapshot root, what it holds, and ``{path: (bytes, sha256)}`` of what stands for it."""
 
     snapshot: str
     files: Mapping[str, tuple[int, str]]
+    content: Content
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        files = {name: {"nbytes": size, "sha256": digest} for name, (size, digest) in sorted(self.files.items())}
+        return {"snapshot": self.snapshot, "content": self.content.to_json(), "files": files}
 
 
 def write_head(paths: StorePaths, manifest: Manifest, ledger: Ledger, final: bool = True) -> Head:
@@ -43,9 +60,9 @@ def write_head(paths: StorePaths, manifest: Manifest, ledger: Ledger, final: boo
     files = {}
     for path in [*(paths.zarr / name for name in derived), *record_files(paths)]:
         files[paths.relative(path)] = (path.stat().st_size, sha256_file(path))
-    body = {n: {"nbytes": size, "sha256": digest} for n, (size, digest) in sorted(files.items())}
-    replace_json(paths.head, {"snapshot": root, "files": body})
-    return Head(root, files)
+    head = Head(root, files, ledger.content())
+    replace_json(paths.head, head.to_json())
+    return head
 
 
 def read_head(paths: StorePaths) -> Head:
@@ -53,11 +70,58 @@ def read_head(paths: StorePaths) -> Head:
     return parse_head(read_json(paths.head), str(paths.head))
 
 
+def load_whole(paths: StorePaths) -> Ledger:
+    """Return the ledger on disk when it has every record that the head's snapshot is made of.
+
+    A record that was lost (a copy that left files out, a hand that deleted) is no smaller store: tiles would get rows
+    that others have, and shards without a name would pass for rubbish. Raises ``FindingsError`` then, and when a record
+    is damaged.
+    """
+    for _ in range(20):
+        head = paths.head.read_bytes() if paths.head.is_file() else b""
+        ledger = Ledger.load(paths)  # after the head, so it can only have more
+        lost = lost_records(paths, ledger) if head else []
+        if not lost:
+            return ledger
+        if paths.head.is_file() and paths.head.read_bytes() == head:
+            shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+            raise FindingsError(
+                f"{paths.root}: the ledger has lost {shown}; nothing was changed. Bring the files back, or run "
+                f"`rsmtdf cache verify {paths.root} --repair`"
+            )
+    return Ledger.load(paths)
+
+
+def lost_records(paths: StorePaths, ledger: Ledger) -> list[str]:
+    """Return what the head's snapshot is made of and ``ledger`` does not have, for people; see ``load_whole``.
+
+    Commits may have been folded into segments since; what was dropped since is not lost.
+    """
+    try:
+        return content_lost(read_head(paths).content, ledger)
+    except FileNotFoundError:
+        return []  # nothing was finished yet
+
+
+def content_lost(content: Content, ledger: Ledger) -> list[str]:
+    """Return which records of ``content`` the ledger does not have, for people."""
+    lost = [f"the tile segment of row {first}" for first in content.tiles if first not in ledger.segments]
+    for name, units in content.units.items():
+        if name not in ledger.sets:
+            lost.append(f"the array set {name}")
+        lost += [
+            f"the commit of row group {group} of {name}"
+            for group, generation in units.items()
+            if generation not in ledger.generations.get((name, group), {})
+        ]
+    return lost
+
+
 def parse_head(body: Mapping[str, Any], where: str) -> Head:
     """Return the head of plain JSON data. Raises ``FindingsError``."""
     try:
         files = {str(name): (int(f["nbytes"]), str(f["sha256"])) for name, f in body["files"].items()}
-        head = Head(str(body["snapshot"]), files)
+        head = Head(str(body["snapshot"]), files, Content.from_json(body["content"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FindingsError(f"{where}: not the head of a store ({type(error).__name__}: {error})") from None
     sound = all(nbytes >= 0 and _HEX64.fullmatch(digest) for nbytes, digest in head.files.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError
@@ -234,9 +235,23 @@ class Ledger:
             known[generation] = replace(known[generation], shards=thin)
             self.commits[name][group] = known[max(known)]
 
+    def dropped_json(self) -> dict[str, Any]:
+        """Return what ``dropped.json`` says: the pairs of set and layer, and their specs.
+
+        The specs stand nowhere else once the zarr metadata is gone, and a set record may need them to be mended.
+        """
+        pairs = sorted(self.dropped)
+        specs = [
+            s.to_json()
+            for name, layer in pairs
+            for s in (self.sets[name].arrays.specs if name in self.sets else ())
+            if s.layer.name == layer
+        ]
+        return {"arrays": [list(pair) for pair in pairs], "specs": specs}
+
     def _write_dropped(self, arrays: frozenset[tuple[str, str]]) -> None:
-        replace_json(self.paths.dropped, {"arrays": sorted([name, layer] for name, layer in arrays)})
         self.dropped = arrays
+        replace_json(self.paths.dropped, self.dropped_json())
 
 
 def _load(paths: StorePaths) -> Ledger:

@@ -41,7 +41,7 @@ def read_plain(
     try:
         file = pq.ParquetFile(io.BytesIO(raw))
         _refuse_unfolding(path, file.metadata, len(raw), row_nbytes)
-        found: dict[str, list[Any]] = file.read(columns=list(columns)).to_pydict()
+        found: dict[str, list[Any]] = file.read(columns=list(columns), use_threads=False).to_pydict()
     except (pa.ArrowException, KeyError, ValueError, OSError, UnicodeError) as error:
         raise FindingsError(f"{path}: damaged, not the Parquet file it should be ({error})") from None
     missing = [name for name in columns if name not in found]

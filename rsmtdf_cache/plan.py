@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from rsmtdf_cache.request import BuildRequest, TeacherAsked
 from rsmtdf_cache.sources import TileSource
 from rsmtdf_cache.specs import FeatureSpec, NumericsProfile, differing_fields
 from rsmtdf_cache.teachers.base import Teacher, TeacherRequest
-from rsmtdf_cache.tiles import TileTable
+from rsmtdf_cache.tiles import TileRecord, TileTable
 from rsmtdf_cache.views import view_specs
 
 __all__ = [
@@ -168,14 +169,24 @@ def decide_group_rows(request: BuildRequest, paths: StorePaths, specs: list[Feat
     return request.group_rows or choose_group_rows(specs)
 
 
-def planned_array(spec: FeatureSpec, tiles: int, group_rows: int) -> dict[str, Any]:
-    """Return what ``cache info`` would say of the array once ``tiles`` tiles are in it; sizes are exact."""
+def planned_array(
+    spec: FeatureSpec, records: Sequence[TileRecord], group_rows: int, ledger: Ledger | None = None
+) -> dict[str, Any]:
+    """Return what a build of ``records`` would add to the array: tiles, shards and bytes; sizes are exact.
+
+    ``ledger``: of the store that is there. Its tiles come in their row groups, new ones in groups of their own.
+    """
     layout = shard_layout(spec, group_rows)
-    full, rest = divmod(tiles, group_rows)
+    rows = [ledger.table.row_of(r.id) for r in records if r.id in ledger.table] if ledger is not None else []
+    there = set(ledger.shards(spec.key)) if ledger is not None and spec.key in ledger.specs() else set()
+    pending = sorted({row // group_rows for row in rows} - there)
+    sizes = [len(rows_of_group(ledger.table, g, group_rows)) for g in pending] if ledger is not None else []
+    full, rest = divmod(len(records) - len(rows), group_rows)
+    sizes += [group_rows] * full + ([rest] if rest else [])
     return {
         "key": str(spec.key), "digest": spec.digest(), "grid": list(spec.grid), "channels": spec.layer.channels,
-        "stride_tile_px": spec.stride_tile_px, "codec": spec.encoding.codec, "tiles": tiles,
-        "shards": full + bool(rest), "nbytes": full * layout.nbytes(group_rows) + (layout.nbytes(rest) if rest else 0),
+        "stride_tile_px": spec.stride_tile_px, "codec": spec.encoding.codec,
+        "tiles": sum(sizes), "shards": len(sizes), "nbytes": sum(map(layout.nbytes, sizes)),
     }  # fmt: skip
 
 

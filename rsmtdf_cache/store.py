@@ -18,7 +18,7 @@ from rsmtdf_cache.codecs import load_codec
 from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError, ResourceError, UsageError, did_you_mean
 from rsmtdf_cache.files import read_json
-from rsmtdf_cache.head import find_snapshot
+from rsmtdf_cache.head import find_snapshot, load_whole
 from rsmtdf_cache.layout import StorePaths, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import load_manifest
@@ -68,12 +68,14 @@ class FeatureStore:
         mirror: RemoteMirror | None = None,
     ) -> None:
         """Open the folder ``root``; callers use ``open``. ``mirror`` fetches the shards of a remote store."""
+        if verify_reads not in ("first", "always", "never"):
+            raise UsageError(f"verify_reads {verify_reads!r}: choose first, always or never")
         self.path = Path(root)
         self.verify_reads = verify_reads
         self.paths = StorePaths(self.path)
         self.manifest = load_manifest(self.paths)
         self._mirror = mirror
-        ledger = Ledger.load(self.paths)
+        ledger = load_whole(self.paths) if mirror is None else Ledger.load(self.paths)
         if isinstance(snapshot, Content):
             ledger = ledger.at(snapshot)
         elif snapshot is not None:
@@ -146,6 +148,8 @@ class FeatureStore:
 
     def spec(self, key: FeatureKey) -> FeatureSpec:
         """Return what the array holds. Raises ``UsageError`` for a key that is not in the store."""
+        if not isinstance(key, FeatureKey):
+            raise UsageError(f"{key!r} is no FeatureKey; write FeatureKey.parse({str(key)!r}), or take one of keys()")
         if key not in self._specs:
             names = [str(k) for k in self.keys()]
             raise UsageError(
@@ -155,6 +159,8 @@ class FeatureStore:
 
     def stored(self, key: FeatureKey, row: int) -> NDArray[Any] | None:
         """Return the codes ``[h, w, D]`` of one tile as they are stored, None when they are not committed."""
+        self.spec(key)
+        self._check_row(key, row)
         group, offset = divmod(row, self.manifest.group_rows)
         shard = self._shard(key, group)
         if shard is None or not shard.present[offset]:
@@ -202,9 +208,10 @@ class FeatureStore:
         stored = np.empty((len(rows), height, width, spec.layer.channels), codec.dtype)
         valid = np.zeros((len(rows), height, width), np.bool_)
         shards: dict[int, ShardReader | None] = {}
+        if out is not None and (out.shape != stored.shape or out.dtype != np.float16):
+            raise UsageError(f"{key}: out is {out.dtype}{out.shape}, needed is float16{stored.shape}")
         for n, (row, crop) in enumerate(zip(rows, crops, strict=True)):
-            if not 0 <= row < len(self.tiles):
-                raise UsageError(f"{key}: there is no row {row}, the store has {len(self.tiles)}")
+            self._check_row(key, row)
             group, offset = divmod(row, self.manifest.group_rows)
             if group not in shards:
                 shards[group] = self._shard(key, group)
@@ -254,6 +261,12 @@ class FeatureStore:
             "arrays": arrays,
         }  # fmt: skip
 
+    def _check_row(self, key: FeatureKey, row: int) -> None:
+        if not isinstance(row, (int, np.integer)) or not 0 <= row < len(self.tiles):
+            raise UsageError(
+                f"{key}: there is no row {row!r}, the store has {len(self.tiles)} (tiles.row_of gives rows)"
+            )
+
     def _profile(self, key: FeatureKey) -> dict[str, Any]:
         return self.ledger.sets[self.ledger.set_of(key)].profile.to_json()
 
@@ -278,6 +291,15 @@ class FeatureStore:
             raise MismatchError(
                 f"{self.shown}: the ledger names {record.path} for {key}, expected {self.paths.relative(place)}"
             )
+        try:
+            return self._checked(place, key, record)
+        except FindingsError:
+            if self._mirror is None:
+                raise
+        self._mirror.discard(record, place)  # damaged in the cache of this machine: fetched once more
+        return self._checked(place, key, record)
+
+    def _checked(self, place: Path, key: FeatureKey, record: ShardRecord) -> ShardReader:
         shard = self._map(place, key, record)
         if self.verify_reads == "always" or (self.verify_reads == "first" and not is_checked(place, record.sha256)):
             _compare(shard, record)

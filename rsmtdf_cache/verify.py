@@ -12,7 +12,7 @@ from pathlib import Path
 from rsmtdf_cache.errors import FindingsError, MismatchError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import is_locked, sha256_file
-from rsmtdf_cache.head import record_files
+from rsmtdf_cache.head import content_lost, record_files
 from rsmtdf_cache.layout import StorePaths, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import Manifest, load_manifest
@@ -20,8 +20,10 @@ from rsmtdf_cache.shard import ShardReader
 from rsmtdf_cache.specs import FeatureSpec
 from rsmtdf_cache.upkeep.survey import Finding, Survey, survey
 
-__all__ = ["Finding", "LEFT", "ShardCheck", "audit", "check_shards", "shard_checks", "verify_store"]
+__all__ = ["Finding", "LEFT", "ORPHAN", "ShardCheck", "audit", "check_shards", "shard_checks", "verify_store"]
 
+#: The fault of a shard that no record names, when records are missing.
+ORPHAN = "no record names it, and records are missing: `rsmtdf cache verify --repair` looks for them"
 #: The fault of a file that is no damage: a builder was stopped before it was recorded.
 LEFT = "left by an interrupted build; the same `cache build` or `cache gc` removes it"
 _DERIVED = "`rsmtdf cache build` or `verify --repair` writes it again"
@@ -49,6 +51,8 @@ def verify_store(root: Path, deep: bool = False, on_event: EventSink = ignore_ev
     """
     paths = StorePaths(root)
     builder = is_locked(paths.lock)
+    if not paths.manifest.is_file() and paths.head.is_file():
+        return [Finding("manifest.json", "missing; `rsmtdf cache verify --repair` rebuilds it")]
     try:
         manifest = load_manifest(paths)
     except FindingsError as error:
@@ -58,7 +62,7 @@ def verify_store(root: Path, deep: bool = False, on_event: EventSink = ignore_ev
     found = survey(paths)
     findings = audit(found, manifest, builder)
     findings += [f for _, f in check_shards(paths, shard_checks(found.ledger), manifest, deep, on_event)]
-    if not found.ledger.specs() and not found.ledger.dropped and not findings:
+    if not found.ledger.specs() and not found.snapshots and not findings:
         findings.append(Finding("ledger", "the store holds no array yet; run `rsmtdf cache build` again"))
     return sorted(set(findings), key=lambda f: (f.path, f.fault))
 
@@ -196,6 +200,7 @@ def _unlisted(found: Survey, builder: bool) -> Iterator[Finding]:
     arrays = {f"zarr/{s.key}/features/c/" for record in ledger.sets.values() for s in record.arrays.specs}
     listed -= {paths.relative(p) for p in (paths.ledger / "tiles").glob("*.parquet")
                if not p.with_suffix(".json").exists()}  # fmt: skip
+    lossy = _is_lossy(found)
     for path, is_link in _all_files(paths.root):
         shard = path.partition("/features/c/")
         if is_link:
@@ -204,13 +209,20 @@ def _unlisted(found: Survey, builder: bool) -> Iterator[Finding]:
             continue
         elif shard[0] + shard[1] in arrays and re.fullmatch(r"\d+/0/0/0", shard[2]):
             if not builder:
-                yield Finding(path, LEFT)
+                yield Finding(path, ORPHAN if lossy else LEFT)
         elif found.head is None and path.startswith("zarr/") and not shard[1]:
             continue  # without the head nobody knows; that it is missing is a finding already
-        elif _DRAFT.fullmatch(Path(path).name) or path.startswith("ledger/tiles/"):
+        elif _DRAFT.fullmatch(Path(path).name):
             yield Finding(path, LEFT)
+        elif path.startswith("ledger/tiles/"):
+            yield Finding(path, ORPHAN if lossy else LEFT)
         else:
             yield Finding(path, "no record lists this file")
+
+
+def _is_lossy(found: Survey) -> bool:
+    """Whether records that the head's snapshot is made of are missing: what looks like rubbish may be named by them."""
+    return bool(found.findings) if found.head is None else bool(content_lost(found.head.content, found.ledger))
 
 
 def _all_files(root: Path) -> Iterator[tuple[str, bool]]:

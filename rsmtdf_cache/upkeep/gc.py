@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from rsmtdf_cache.files import (
     remove_file,
     replace_json,
 )
-from rsmtdf_cache.head import write_head
+from rsmtdf_cache.head import load_whole, write_head
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.segment import read_segment_commits, write_segment
 from rsmtdf_cache.specs import FeatureKey
 from rsmtdf_cache.upkeep.gc_plan import DRAFT, GcPlan, PinHold, plan_of
-from rsmtdf_cache.upkeep.pins import doomed_record
+from rsmtdf_cache.upkeep.pins import doomed_record, list_pins
 from rsmtdf_cache.writer import clear_drafts
 
 __all__ = ["DropReport", "collect", "drop_arrays", "match_keys"]
@@ -79,7 +79,8 @@ def drop_arrays(root: Path | str, patterns: Iterable[str], on_event: EventSink =
     paths = StorePaths(Path(root))
     manifest = load_manifest(paths)
     with disk_errors(paths.root), build_lock(paths.lock, _waiting(paths, on_event)):
-        ledger = Ledger.load(paths)
+        ledger = load_whole(paths)
+        list_pins(paths.root)  # a damaged one is told before anything changes
         keys = match_keys(ledger.specs(), patterns)
         nbytes = sum(s.nbytes for key in keys for s in ledger.shards(key).values())
         ledger.drop([(ledger.set_of(key), key.layer) for key in keys])
@@ -96,7 +97,7 @@ def collect(root: Path | str, on_event: EventSink = ignore_events) -> GcPlan:
     paths = StorePaths(Path(root))
     manifest = load_manifest(paths)
     with disk_errors(paths.root), build_lock(paths.lock, _waiting(paths, on_event)):
-        ledger = Ledger.load(paths)
+        ledger = load_whole(paths)
         plan = _announce(paths, ledger)
         shards = [paths.root / f.path for f in plan.files if f.path.startswith("zarr/")]
         records = [paths.root / f.path for f in plan.files if not f.path.startswith(("zarr/", "tmp/"))]
@@ -104,8 +105,8 @@ def collect(root: Path | str, on_event: EventSink = ignore_events) -> GcPlan:
         _compact_without(paths, ledger, plan)
         head = write_head(paths, manifest, ledger)
         gone = {paths.relative(path) for path in records}
-        files = {n: {"nbytes": f[0], "sha256": f[1]} for n, f in sorted(head.files.items()) if n not in gone}
-        replace_json(paths.head, {"snapshot": head.snapshot, "files": files})
+        kept = {name: facts for name, facts in head.files.items() if name not in gone}
+        replace_json(paths.head, replace(head, files=kept).to_json())
         _forget(paths, ledger, plan, records)
         write_head(paths, manifest, Ledger.load(paths))
         on_event(Progress("gc", len(records)))

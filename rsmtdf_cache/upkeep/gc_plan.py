@@ -12,7 +12,7 @@ from typing import Any
 
 from rsmtdf_cache.errors import FindingsError, MismatchError
 from rsmtdf_cache.files import is_locked
-from rsmtdf_cache.head import find_snapshot
+from rsmtdf_cache.head import find_snapshot, load_whole
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
@@ -97,7 +97,7 @@ def plan_gc(root: Path | str) -> GcPlan:
     """
     paths = StorePaths(Path(root))
     load_manifest(paths)
-    return plan_of(paths, Ledger.load(paths), alone=not is_locked(paths.lock))
+    return plan_of(paths, load_whole(paths), alone=not is_locked(paths.lock))
 
 
 def plan_of(paths: StorePaths, ledger: Ledger, alone: bool) -> GcPlan:

@@ -27,9 +27,9 @@ from rsmtdf_cache.files import (
     replace_json,
     sha256_file,
 )
-from rsmtdf_cache.head import write_head
+from rsmtdf_cache.head import load_whole, write_head
 from rsmtdf_cache.layout import StorePaths
-from rsmtdf_cache.ledger import Commit, Ledger
+from rsmtdf_cache.ledger import Commit
 from rsmtdf_cache.manifest import Manifest, create_manifest, load_manifest, refuse_foreign_content
 from rsmtdf_cache.specs import FeatureKey
 from rsmtdf_cache.store import FeatureStore
@@ -156,7 +156,7 @@ def _foreign(plan: MergePlan, target: Path) -> list[str]:
     paths = StorePaths(target)
     if not paths.manifest.is_file():
         return []
-    manifest, ledger = load_manifest(paths), Ledger.load(paths)
+    manifest, ledger = load_manifest(paths), load_whole(paths)
     wanted = _manifest(plan)
     found = [
         f"--out has {name} {getattr(manifest, name)!r}, the result {getattr(wanted, name)!r}"
@@ -215,7 +215,7 @@ class _Merge:
         if manifest.attribution != _manifest(plan).attribution:
             self.on_event(Warned(f"{paths.root} does not name B's source: {plan.b.store.manifest.attribution!r}; "
                                  "a merge into a new store (--out) names both"))  # fmt: skip
-        self.ledger = Ledger.load(paths)
+        self.ledger = load_whole(paths)
         self.check_space()
         for first_row, records in sorted(plan.segments.items()):
             if first_row not in self.ledger.segments:

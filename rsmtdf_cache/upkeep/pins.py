@@ -15,7 +15,7 @@ from typing import Any
 
 from rsmtdf_cache.errors import FindingsError, MismatchError, UsageError, did_you_mean
 from rsmtdf_cache.files import fsync_folder, is_locked, publish_json, read_json, remove_file
-from rsmtdf_cache.head import find_snapshot
+from rsmtdf_cache.head import find_snapshot, load_whole
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
@@ -64,7 +64,7 @@ def pin_snapshot(
     paths = StorePaths(Path(root))
     load_manifest(paths)
     _check_words(owner, expires, note)
-    ledger = Ledger.load(paths)
+    ledger = load_whole(paths)
     current = ledger.snapshot()
     wanted = current if snapshot is None else find_snapshot(paths, ledger, snapshot).snapshot()
     # Drafts lie among the pins: a builder may clear the store's tmp/ at any moment.
@@ -91,12 +91,22 @@ def unpin(root: Path | str, name: str, snapshot: str | None = None) -> list[Pin]
     """
     paths = StorePaths(Path(root))
     load_manifest(paths)
+    if _NAME.fullmatch(name) and snapshot is None and paths.pin(name).is_file():
+        try:
+            chosen = [_read_pin(paths.pin(name))]
+        except FindingsError:  # a damaged pin can be given up by its name; nothing else says what it meant
+            chosen = [Pin(name, "", "unknown, the pin was damaged", None, "", "")]
+        remove_file(paths.pin(name))
+        fsync_folder(paths.pins)
+        return chosen
     pins = list_pins(root)
     chosen = [p for p in pins if name in (p.name, p.owner) and p.snapshot.startswith(snapshot or "")]
     if not chosen:
         names = [p.name for p in pins] + [p.owner for p in pins]
         held = ", ".join(f"{p.name} (owner {p.owner!r})" for p in pins) or "none"
-        raise UsageError(f"{root}: no pin or owner {name!r}.{did_you_mean(name, names)} Pins: {held}")
+        hint = "" if name in names else did_you_mean(name, names)
+        of = f" of a snapshot {snapshot}" if snapshot else ""
+        raise UsageError(f"{root}: no pin or owner {name!r}{of}.{hint} Pins: {held}")
     for pin in chosen:
         remove_file(paths.pin(pin.name))
     fsync_folder(paths.pins)
@@ -169,7 +179,10 @@ def _check_words(owner: str, expires: str | None, note: str) -> None:
 
 
 def _read_pin(path: Path) -> Pin:
-    body: dict[str, Any] = read_json(path)
+    try:
+        body: dict[str, Any] = read_json(path)
+    except FindingsError:
+        raise FindingsError(f"{path}: the pin is damaged; {_hint(path)}") from None
     try:
         pin = Pin(path.stem, **body)
         text = all(isinstance(v, str) for k, v in asdict(pin).items() if k != "expires" or v is not None)
@@ -178,8 +191,15 @@ def _read_pin(path: Path) -> Pin:
         if pin.expires is not None:
             datetime.date.fromisoformat(pin.expires)
     except (TypeError, ValueError) as error:
-        raise FindingsError(f"{path}: not a pin ({error}); while it lies there nothing is collected") from None
+        raise FindingsError(f"{path}: not a pin ({error}); {_hint(path)}") from None
     return pin
+
+
+def _hint(path: Path) -> str:
+    return (
+        "while it lies there nothing is collected: ask its owner, then give it up with "
+        f"`rsmtdf cache unpin {path.parent.parent} {path.stem}` and pin again"
+    )
 
 
 def _today() -> datetime.date:

@@ -14,6 +14,7 @@ import torch
 from rsmtdf_cache.encode import TileReader
 from rsmtdf_cache.errors import DataError, FindingsError, MismatchError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
+from rsmtdf_cache.head import load_whole
 from rsmtdf_cache.layout import ArraySet, StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
@@ -118,7 +119,7 @@ def recompute_sample(
     if count < 1:
         raise UsageError(f"--recompute {count}: ask for one tile at least")
     paths = StorePaths(root)
-    manifest, ledger, source = load_manifest(paths), Ledger.load(paths), open_source(data)
+    manifest, ledger, source = load_manifest(paths), load_whole(paths), open_source(data)
     shelf = TeacherShelf(teachers, load_teacher, device)
     shelf.refuse_unknown({s.teacher.name for s in ledger.specs().values()})
     reader = TileReader(source, ledger.table)

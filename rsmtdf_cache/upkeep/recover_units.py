@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rsmtdf_cache.codecs import load_codec
 from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError
-from rsmtdf_cache.files import sha256_file
+from rsmtdf_cache.files import read_json, sha256_file
 from rsmtdf_cache.head import Head
 from rsmtdf_cache.layout import StorePaths, set_id, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
@@ -84,7 +84,7 @@ def _zarr_specs(paths: StorePaths) -> dict[str, FeatureSpec]:
     root = _json(paths.zarr / "zarr.json")
     if isinstance(root, dict) and isinstance(root.get("consolidated_metadata"), dict):
         nodes += list((root["consolidated_metadata"].get("metadata") or {}).values())
-    specs = {}
+    specs = _dropped_specs(paths)
     for node in nodes:
         attributes = node.get("attributes") if isinstance(node, dict) else None
         if isinstance(attributes, dict) and "spec" in attributes:
@@ -95,6 +95,15 @@ def _zarr_specs(paths: StorePaths) -> dict[str, FeatureSpec]:
             if spec.digest() == attributes.get("digest"):
                 specs[spec.digest()] = spec
     return specs
+
+
+def _dropped_specs(paths: StorePaths) -> dict[str, FeatureSpec]:
+    """Return the specs of dropped arrays, which are in no metadata any more, by digest."""
+    try:
+        specs = [FeatureSpec.from_json(body) for body in read_json(paths.dropped).get("specs", [])]
+    except (OSError, FindingsError, ValidationError, TypeError):
+        return {}
+    return {spec.digest(): spec for spec in specs}
 
 
 def _json(path: Path) -> Any:
@@ -270,7 +279,7 @@ def recover_dropped(paths: StorePaths) -> list[Repaired]:
     live = set(_zarr_specs(paths))
     gone = [(n, s.layer.name) for n, r in found.ledger.sets.items() for s in r.arrays.specs if s.digest() not in live]
     guess = Ledger(paths, found.ledger.segments, found.ledger.sets, found.ledger.generations, frozenset(gone))
-    value = {"arrays": sorted([n, layer] for n, layer in gone)}
+    value = guess.dropped_json()
     roots = {*found.snapshots, head.snapshot if head is not None else ""}
     if propose(paths, paths.dropped, value, head) or (
         guess.snapshot() in roots and propose(paths, paths.dropped, value, head, proven=True)

@@ -87,7 +87,7 @@ def repair_store(
     and there is no ``data``, ``UnrepairedError`` (exit code 7) when damage is left.
     """
     paths, report = StorePaths(root), RepairReport(root)
-    if not root.is_dir():
+    if not root.is_dir() or not (paths.manifest.is_file() or paths.head.is_file()):
         load_manifest(paths)  # says what is wrong
     with disk_errors(root), build_lock(paths.lock, lambda: on_event(Warned(f"a builder holds {root}; waiting"))):
         clear_drafts(paths)

@@ -18,7 +18,13 @@ from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.request import BuildRequest
+from rsmtdf_cache.share.push import push_store
 from rsmtdf_cache.store import FeatureStore
+from rsmtdf_cache.upkeep.gc import collect, drop_arrays
+from rsmtdf_cache.upkeep.gc_plan import plan_gc
+from rsmtdf_cache.upkeep.merge import merge_stores
+from rsmtdf_cache.upkeep.pins import pin_snapshot
+from rsmtdf_cache.upkeep.repair import repair_store
 from rsmtdf_cache.verify import verify_store
 from tests.datasets import write_dataset
 from tests.teachers import load_mean_teacher
@@ -136,3 +142,39 @@ def test_a_record_nested_without_end_is_refused(paths: StorePaths) -> None:
     with pytest.raises(FindingsError, match="not a readable record"):
         read_json(paths.quarantine)
     assert any("quarantine" in f.path for f in verify_store(paths.root))
+
+
+@pytest.mark.parametrize("lost", ["tiles/*.json", "commits/*/00000002.json", "segments/*.parquet", "sets/*.json"])
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_store_that_lost_a_record_is_refused_by_all_who_would_read_or_change_it_and_repaired(
+    paths: StorePaths, data: Path, tmp_path: Path, lost: str, compacted: bool
+) -> None:
+    before = FeatureStore.open(paths.root).snapshot
+    if compacted:
+        Ledger.load(paths).compact(tail_max=0)
+        write_head(paths, load_manifest(paths), Ledger.load(paths))
+    victims = list(paths.ledger.glob(lost))
+    if not victims:
+        pytest.skip("such a record is not there")
+    for path in victims:
+        path.unlink()
+    left = {p: p.read_bytes() for p in sorted(paths.root.rglob("*")) if p.is_file()}
+    other = tmp_path / "other"
+    build(data, other, splits=["val"])
+    for act in (
+        lambda: FeatureStore.open(paths.root),
+        lambda: build(data, paths.root, splits=["train", "val"]),
+        lambda: collect(paths.root),
+        lambda: plan_gc(paths.root),
+        lambda: drop_arrays(paths.root, ["mean/*/mean8"]),
+        lambda: pin_snapshot(paths.root, None, "me"),
+        lambda: merge_stores(paths.root, other, tmp_path / "merged"),
+        lambda: merge_stores(other, paths.root),
+        lambda: push_store(paths.root, str(tmp_path / "pushed")),
+    ):
+        with pytest.raises(FindingsError, match=r"lost|missing|not here"):
+            act()
+    assert {p: p.read_bytes() for p in sorted(paths.root.rglob("*")) if p.is_file()} == left
+    assert not any("cache gc" in f.fault for f in verify_store(paths.root))
+    repair_store(paths.root, data, load_teacher=load_mean_teacher)
+    assert verify_store(paths.root, deep=True) == [] and FeatureStore.open(paths.root).snapshot == before

@@ -28,8 +28,8 @@ def build(
     data: Path, out: Path, splits: tuple[str, ...] = ("train",), layers: tuple[str, ...] = ("mean8", "mean16")
 ) -> None:
     values = {
-        "data": data, "out": out, "teachers": [{"name": "mean", "layers": layers}], "group_rows": 2, "threads": 1, "micro_batch": 2,
-        "scales": (1.0,), "splits": splits,
+        "data": data, "out": out, "teachers": [{"name": "mean", "layers": layers}], "splits": splits, "scales": (1.0,),
+        "group_rows": 2, "threads": 1, "micro_batch": 2,
     }  # fmt: skip
     build_store(BuildRequest.of(values), load_teacher=load_mean_teacher)
 
