@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["JsonOption", "QuietOption", "command", "console", "emit_json", "guard", "message", "new_app", "progress"]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, only warnings, errors and results.")]
+QuietOption = Annotated[
+    bool, typer.Option("-q", "--quiet", help="No progress and no summary; warnings, errors and --json stay.")
+]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -133,7 +135,10 @@ def _belongs_to_typer(error: Exception) -> bool:
 def _report(error: Exception) -> int:
     """Print ``error`` and return its exit code."""
     if isinstance(error, RsmtdfError):
-        message(str(error), kind="stopped" if isinstance(error, Interrupted) else "error")
+        if isinstance(error, Interrupted):
+            message(str(error).removeprefix("stopped; "), kind="stopped")  # the kind says it
+        else:
+            message(str(error))
         return error.exit_code
     if isinstance(error, BrokenPipeError):
         # Nobody reads any more: stop like an interruption, and keep the interpreter from flushing into the pipe.

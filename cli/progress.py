@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -29,10 +29,38 @@ class _RateColumn(ProgressColumn):
 
 
 def _rates(done: float, nbytes: int, seconds: float, unit: str) -> str:
+    if unit == "bytes":  # what travelled; the rest was there
+        return f"{_size(nbytes / seconds)}/s" if seconds > 0 and nbytes > 0 else ""
     if seconds <= 0 or done <= 0:
         return ""
     text = f"{done / seconds:.1f} {unit}/s"
     return f"{text}  {nbytes / seconds / 1e6:.1f} MB/s" if nbytes else text
+
+
+def _done_of(done: int, start: ProgressStart) -> str:
+    if start.unit == "bytes":
+        return f"{_size(done)} of {_size(start.total)}"
+    return f"{done} of {start.total} {start.unit}"
+
+
+def _amount(number: int, unit: str) -> str:
+    return _size(number) if unit == "bytes" else f"{number} {unit}"
+
+
+def _size(nbytes: float) -> str:
+    from rsmtdf_cli.cache.show import size
+
+    return size(nbytes)
+
+
+class _CountColumn(ProgressColumn):
+    """``12/34 tiles``, or ``1.2 MB of 3 GB``."""
+
+    def render(self, task: Task) -> Text:
+        done, total, unit = task.completed, task.total or 0, task.fields["unit"]
+        if unit == "bytes":
+            return Text(f"{_size(done)} of {_size(total)}")
+        return Text(f"{int(done)}/{int(total)} {unit}")
 
 
 def warnings_only(event: Event) -> None:
@@ -47,8 +75,7 @@ def bars(console: Console) -> Iterator[EventSink]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
+        _CountColumn(),
         _RateColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
@@ -93,8 +120,10 @@ def lines() -> EventSink:
     def sink(event: Event) -> None:
         if isinstance(event, ProgressStart):
             tasks[event.task] = _Counted(event)
-            there = f", {event.done} there already" if event.done else ""
-            message(f"{event.label}: {event.total} {event.unit}{there}", kind="start")
+            there = (
+                f", {_size(event.done) if event.unit == 'bytes' else event.done} there already" if event.done else ""
+            )
+            message(f"{event.label}: {_amount(event.total, event.unit)}{there}", kind="start")
         elif isinstance(event, Progress) and event.task in tasks:
             tasks[event.task].done += event.advance
             tasks[event.task].nbytes += event.nbytes
@@ -104,7 +133,7 @@ def lines() -> EventSink:
             rates = _rates(task.done, task.nbytes, seconds, task.start.unit)
             total = task.start.done + task.done
             message(
-                f"{task.start.label}: {total} of {task.start.total} {task.start.unit} in {seconds:.1f} s"
+                f"{task.start.label}: {_done_of(total, task.start)} in {seconds:.1f} s"
                 + (f" ({rates})" if rates else ""),
                 kind="done",
             )

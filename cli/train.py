@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from rsmtdf_cli.cache.show import local_folder
 from rsmtdf_cli.console import JsonOption, QuietOption, command, emit_json, message, new_app
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def train(
     no_distill: Annotated[
         bool, typer.Option("--no-distill", help="The paired baseline: the same recipe without teachers.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(metavar="RUN", help="Run folder; default runs/NAME-sSEED.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", parser=local_folder, help="Run folder; default runs/NAME-sSEED.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. optim.lr=0.001.")
     ] = None,
@@ -88,7 +91,7 @@ def train(
     with training_progress(quiet) as sink:
         store = use_cache
         if use_cache == AUTO:
-            store = _found(asked, folder, sink)  # by the recipe with its teachers: both arms find one store
+            store = _found(asked, folder, sink, quiet)  # by the recipe with its teachers: both arms find one store
         from rsmtdf_train.loop import train as run_training
 
         result = run_training(chosen, folder, store, pin=pin, device=device, on_event=sink, tensorboard=tensorboard)
@@ -100,18 +103,24 @@ def train(
         show_metrics(result.metrics)
 
 
-def _found(recipe: Recipe, run: Path, on_event: Callable[[Event], None]) -> str:
-    """Return the store that the run began with, else the registered one that fits; say which."""
+def _found(recipe: Recipe, run: Path, on_event: Callable[[Event], None], quiet: bool) -> str:
+    """Return the store that the run began with, else the registered one that fits; say which unless ``quiet``."""
     from rsmtdf_train.find_store import find_store
     from rsmtdf_train.run_store import read_run_store
 
+    def note(text: str) -> None:
+        if not quiet:
+            message(f"--use-cache: {text}", kind="note")
+
     begun = read_run_store(run)
     if begun is not None:
-        message(f"--use-cache: {begun.store}, the store this run began with", kind="note")
+        note(f"{begun.store}, the store this run began with")
         return begun.store
     found = find_store(recipe, on_event)
     newest = f", registered last of {found.others + 1} that fit" if found.others else ""
-    message(f"--use-cache: {found.path} (snapshot {found.snapshot[:12]}{newest})", kind="note")
+    note(f"{found.path} (snapshot {found.snapshot[:12]}{newest})")
+    for unsure in found.notes:
+        note(unsure)
     return found.path
 
 

@@ -210,15 +210,28 @@ def build_lock(path: Path, on_wait: Any = None) -> Iterator[None]:
 
     A second builder waits; ``on_wait()`` is called once before it does.
     """
-    make_folders(path.parent)
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if on_wait is not None:
-                on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    waited = False
+    while True:
+        make_folders(path.parent)
+        with path.open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if on_wait is not None and not waited:
+                    on_wait()
+                waited = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_still(file, path):
+                continue  # its last holder made nothing and removed the folder: this lock guards a file nobody finds
+            yield
+            return
+
+
+def _is_still(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_locked(path: Path) -> bool:

@@ -33,6 +33,12 @@ class Manifest(BaseModel):
 def load_manifest(paths: StorePaths) -> Manifest:
     """Return the manifest. Raises ``UsageError`` when there is no store, ``MismatchError`` for a newer format."""
     if not paths.root.is_dir():
+        name, at, _ = str(paths.root).rpartition("@")
+        if at and Path(name).is_dir():
+            raise UsageError(
+                f"no folder {paths.root}. {name} is there: for a snapshot write 8 to 64 lower-case hex digits after the "
+                "@ (`rsmtdf cache info` shows them), in commands that read; those that change a store take none"
+            )
         raise UsageError(
             f"no feature store at {paths.root}: the folder does not exist; build one with `rsmtdf cache build`"
         )
@@ -67,11 +73,11 @@ def refuse_foreign_content(root: Path) -> None:
     if (root / "manifest.json").is_file():
         return
     if root.exists() and not root.is_dir():
-        raise MismatchError(f"--out {root}: a file is there; choose a new or empty folder")
+        raise MismatchError(f"the folder {root}: a file is there; choose a new or empty folder")
     own = {"ledger", "tmp"}  # what a builder makes before its manifest
     found = sorted(p.name for p in root.iterdir() if p.name not in own) if root.exists() else []
     if found:
         raise MismatchError(
-            f"--out {root}: the folder is not empty and is no feature store (found {', '.join(found[:3])}"
+            f"the folder {root} is not empty and is no feature store (found {', '.join(found[:3])}"
             f"{' …' if len(found) > 3 else ''}); choose a new or empty folder"
         )

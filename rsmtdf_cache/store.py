@@ -103,7 +103,7 @@ class FeatureStore:
 
         address = Address.parse(str(path))
         if snapshot is not None and address.snapshot not in (None, snapshot):
-            raise UsageError(f"{path}: names a snapshot, and {snapshot} was asked for; give one of them")
+            raise UsageError(f"{address.shown}: names a snapshot, and {snapshot} was asked for; give one of them")
         if address.is_remote:
             from rsmtdf_cache.share.remote import open_remote
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsmtdf_cache.errors import MismatchError, RsmtdfError, UsageError
+from rsmtdf_cache.errors import MismatchError, RsmtdfError, UsageError, did_you_mean
 from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.request import TeacherAsked, parse_teacher
-from rsmtdf_cache.share.catalogue import registered_stores
+from rsmtdf_cache.share.catalogue import check_catalogue, registered_stores
 from rsmtdf_cache.sources import TileSource, open_source
 from rsmtdf_cache.tiles import pixel_digest
 from rsmtdf_cache.views import ORIENTATION_SETS, base_size_px
 from rsmtdf_train.recipe import DistillConfig, Recipe
-from rsmtdf_train.targets import CachedTargets, check_pins, match_keys, store_geometry, target_specs
+from rsmtdf_train.same_weights import compare_weights, is_teacher, weights_text
+from rsmtdf_train.targets import CachedTargets, asked_as, check_pins, match_keys, store_geometry, target_specs
 
 if TYPE_CHECKING:
     from rsmtdf_cache.specs import FeatureSpec
@@ -31,11 +32,12 @@ _COMPARED_TILES = 32
 
 @dataclass(frozen=True)
 class FoundStore:
-    """The store that was chosen, and how many others fit as well."""
+    """The store that was chosen, and how many others fit as well. ``notes``: what could not be compared."""
 
     path: str
     snapshot: str
     others: int
+    notes: tuple[str, ...] = ()
 
 
 class _Misfit(Exception):
@@ -50,36 +52,42 @@ def find_store(recipe: Recipe, on_event: EventSink = ignore_events) -> FoundStor
     """Return the registered store that fits ``recipe``, of several the one registered last.
 
     A store fits when it was built from the recipe's dataset (tile side, ids of the train split, pixels of some of its
-    tiles), holds the teachers, layers and scales of ``recipe.teachers`` and features for every pattern of
+    tiles), holds the teachers, weights, layers and scales of ``recipe.teachers`` and features for every pattern of
     ``distill.keys``, has them committed for all train tiles but the quarantined ones, and agrees with ``distill.pins``.
-    Raises ``UsageError`` with each store's reason and the command that builds a fitting one.
+    Raises ``UsageError`` with each store's reason and the command that builds a fitting one, ``ResourceError`` when
+    the catalogue cannot be read.
     """
+    check_catalogue()
     source = open_source(recipe.data)
     fitting: list[FoundStore] = []
     misfits: list[str] = []
     append_to: str | None = None
     for entry in registered_stores(on_event):
         try:
-            store = _open(entry.path)
-            _judge(store, recipe, source)
-            fitting.append(FoundStore(entry.path, store.snapshot, 0))
+            store = _open(entry.path)  # raises a misfit that is not appendable
+            notes = _judge(store, recipe, source)
+            fitting.append(FoundStore(entry.path, store.snapshot, 0, notes))
         except _Misfit as misfit:
             misfits.append(f"{entry.path}: {misfit}")
-            if misfit.appendable and append_to is None and "://" not in entry.path:
+            if misfit.appendable and append_to is None and "://" not in entry.path and _takes(store, recipe):
                 append_to = entry.path
         except (RsmtdfError, OSError, ImportError) as error:
             misfits.append(f"{entry.path}: {str(error).partition(chr(10))[0]}")
     if fitting:
-        return FoundStore(fitting[0].path, fitting[0].snapshot, len(fitting) - 1)
-    reasons = "".join(f"\n  {line}" for line in misfits) or "\n  no store is registered"
-    raise UsageError(
-        f"--use-cache: none of the {len(misfits)} registered stores fits the recipe {recipe.name!r} "
-        f"(see `rsmtdf cache list`):{reasons}\n{how_to_build(recipe, source, append_to)}"
-    )
+        return replace(fitting[0], others=len(fitting) - 1)
+    why = "no store is registered, so none could be found (`rsmtdf cache register STORE` enters one that is there)"
+    if misfits:
+        count = "the registered store does not fit" if len(misfits) == 1 else (
+            f"none of the {len(misfits)} registered stores fits"
+        )  # fmt: skip
+        why = f"{count} the recipe {recipe.name!r} (see `rsmtdf cache list`):" + "".join(f"\n  {m}" for m in misfits)
+    raise UsageError(f"--use-cache: {why}\n{how_to_build(recipe, source, append_to)}")
 
 
 def how_to_build(recipe: Recipe, source: TileSource, append_to: str | None = None) -> str:
-    """Return a sentence with the command that builds what ``recipe`` reads."""
+    """Return a sentence with the command that builds what ``recipe`` reads, or why there is no such command."""
+    if unknown := _unknown_teachers(recipe):
+        return "No store can be built for it: " + "; ".join(unknown)
     command = build_command(recipe, source, append_to)
     if not _asked(recipe):
         command += " --teacher NAME"
@@ -105,12 +113,15 @@ def _open(path: str) -> FeatureStore:
     from rsmtdf_cache.store import FeatureStore
 
     if "://" not in path and not Path(path).is_dir():
-        raise _Misfit("the folder does not exist; `rsmtdf cache forget` takes it out of the list")
+        raise _Misfit(
+            f"the folder does not exist; `rsmtdf cache forget {shlex.quote(path)}` takes it out of the list, "
+            "`rsmtdf cache register STORE` enters the place it was moved to"
+        )
     return FeatureStore.open(path)
 
 
-def _judge(store: FeatureStore, recipe: Recipe, source: TileSource) -> None:
-    """Raise ``_Misfit``, or what the trainer would raise, unless ``store`` fits."""
+def _judge(store: FeatureStore, recipe: Recipe, source: TileSource) -> tuple[str, ...]:
+    """Return what could not be compared. Raises ``_Misfit``, or what the trainer would raise, unless ``store`` fits."""
     if store.tile_px != source.tile_px:
         raise _Misfit(f"holds tiles of {store.tile_px} px, {source.root} has {source.tile_px} px")
     train = [tile for tile in source.tiles(["train"]) if tile.id not in store.quarantined]
@@ -120,12 +131,16 @@ def _judge(store: FeatureStore, recipe: Recipe, source: TileSource) -> None:
     for tile in known[:: -(-len(known) // _COMPARED_TILES)]:
         if pixel_digest(source.read_image(tile)) != store.tiles.record(store.tiles.row_of(tile.id)).digest:
             raise _Misfit(f"was built from another dataset: its tile {tile.id!r} has other pixels")
+    stored = target_specs(store)
+    specs = [spec for by in stored.values() for spec in by.values()]
+    notes = _judge_weights(recipe, specs)  # before all that a build could add: it adds nothing beside other weights
     if len(known) < len(train):
         absent = [tile.id for tile in train if tile.id not in store.tiles]
         raise _Misfit(f"lacks {len(absent)} of {len(train)} train tiles ({_few(absent)})", appendable=True)
-    stored = target_specs(store)
+    if not stored:
+        raise _Misfit("holds no arrays", appendable=True)
     for text in recipe.teachers:
-        _judge_teacher(parse_teacher(text), [spec for by in stored.values() for spec in by.values()])
+        _judge_teacher(parse_teacher(text), specs)
     distill = recipe.distill or DistillConfig()
     for pattern in distill.keys:
         if not any(fnmatchcase(key, pattern) for key in stored):
@@ -148,10 +163,38 @@ def _judge(store: FeatureStore, recipe: Recipe, source: TileSource) -> None:
                     f"{where} lacks {len(absent)} of {len(train)} train tiles ({_few(absent)})", appendable=True
                 )
     CachedTargets(store, distill.keys, geometry)
+    return notes
+
+
+def _judge_weights(recipe: Recipe, specs: Sequence[FeatureSpec]) -> tuple[str, ...]:
+    """Return a line for each teacher of ``recipe.teachers`` whose weights cannot be compared.
+
+    Raises ``_Misfit`` for other weights.
+    """
+    notes: list[str] = []
+    for asked in map(parse_teacher, recipe.teachers):
+        for teacher in {spec.teacher: None for spec in specs if is_teacher(asked.name, spec.teacher.name)}:
+            verdict = compare_weights(asked, teacher)
+            has = f"its teacher {teacher.name} has the weights {teacher.weights_origin!r}"
+            if verdict == "other":
+                raise _Misfit(f"{has}, the recipe asks for {weights_text(asked)}")
+            if verdict == "unknown":
+                notes.append(
+                    f"{has}; whether they are {weights_text(asked)}, as the recipe asks, is not recorded: "
+                    "distill.pins holds a store to exact digests"
+                )
+    return tuple(notes)
+
+
+def _takes(store: FeatureStore, recipe: Recipe) -> bool:
+    """Whether a build of the recipe's teachers could add to ``store``: none is there with other weights."""
+    there = [store.spec(key).teacher for key in store.keys()]
+    asked = [parse_teacher(text) for text in _asked(recipe)]
+    return not any(is_teacher(a.name, t.name) and compare_weights(a, t) == "other" for a in asked for t in there)
 
 
 def _judge_teacher(asked: TeacherAsked, specs: Sequence[FeatureSpec]) -> None:
-    mine = [spec for spec in specs if _is(asked.name, spec.teacher.name)]
+    mine = [spec for spec in specs if is_teacher(asked.name, spec.teacher.name)]
     if not mine:
         names = sorted({spec.teacher.name for spec in specs})
         raise _Misfit(f"holds no features of teacher {asked.name} (it has {_few(names)})", appendable=True)
@@ -168,17 +211,33 @@ def _judge_teacher(asked: TeacherAsked, specs: Sequence[FeatureSpec]) -> None:
         )
 
 
-def _is(asked: str, stored: str) -> bool:
-    """Whether the teacher asked for as ``asked`` is stored as ``stored``: ``timm:a.b`` is stored as ``timm-a.b``."""
-    return asked == stored or (asked.startswith("timm:") and f"timm-{asked[5:]}" == stored)
-
-
 def _asked(recipe: Recipe) -> list[str]:
     """Return the teachers of the recipe as ``--teacher`` texts."""
     if recipe.teachers:
         return list(recipe.teachers)
     named = [key.split("/")[0] for key in _patterns(recipe)]
-    return list(dict.fromkeys(name.replace("timm-", "timm:", 1) for name in named if name and not _is_glob(name)))
+    return list(dict.fromkeys(asked_as(name) for name in named if name and not _is_glob(name)))
+
+
+def _unknown_teachers(recipe: Recipe) -> list[str]:
+    """Return a sentence for each teacher of the recipe that no package here provides."""
+    from rsmtdf_cache.teachers import names
+
+    known, lines = names(), []
+    for asked in map(parse_teacher, _asked(recipe)):
+        if asked.name.startswith("timm:"):
+            import timm
+
+            architecture = asked.name[5:].split(".")[0]
+            if not timm.is_model(architecture):
+                close = did_you_mean(asked.name, [f"timm:{name}" for name in timm.list_models()])
+                lines.append(f"the recipe names the unknown teacher {asked.name!r}.{close}")
+        elif asked.name not in known:
+            lines.append(
+                f"the recipe names the unknown teacher {asked.name!r}.{did_you_mean(asked.name, known)} "
+                f"Known: {', '.join(known)}, and timm:NAME for any timm encoder"
+            )
+    return lines
 
 
 def _patterns(recipe: Recipe) -> list[str]:

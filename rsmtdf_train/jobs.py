@@ -17,11 +17,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from rsmtdf_cache.errors import ResourceError, RsmtdfError, UsageError
+from rsmtdf_cache.errors import DataError, ResourceError, RsmtdfError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.share.address import Address
 from rsmtdf_train.recipe import Recipe, load_recipe
-from rsmtdf_train.run_store import open_run_store
+from rsmtdf_train.run_store import names_recorded, open_run_store, read_run_store
 
 __all__ = ["TrainingJob", "run_jobs"]
 
@@ -74,7 +74,9 @@ def run_jobs(jobs: Sequence[TrainingJob], at_once: int = 1, on_event: EventSink 
     if len({job.out for job in jobs}) != len(jobs):
         raise UsageError("two runs share a folder; give each its own")
     context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools
-    waiting = [job for job in _on_one_snapshot(jobs) if not _complete(job)]
+    waiting: list[TrainingJob] = []
+    if not all(_complete(job) for job in jobs):  # complete runs need no store
+        waiting = [job for job in _on_one_snapshot(jobs) if not _complete(job)]
     running: dict[Connection, _Running] = {}
     try:
         while waiting or running:
@@ -112,11 +114,20 @@ def _complete(job: TrainingJob) -> bool:
     try:
         metrics = json.loads((job.out / "metrics.json").read_text())
         same = load_recipe(job.out / "recipe.yaml") == job.recipe
-        snapshot = None if job.store is None else Address.parse(job.store).snapshot
-        stored = metrics["store"] == snapshot if snapshot is None else str(metrics["store"]).startswith(snapshot)
-        return bool(same and stored and metrics["step"] == job.recipe.steps)
-    except (OSError, ValueError, KeyError, TypeError, UsageError):
+        return bool(same and metrics["step"] == job.recipe.steps and _reads(job, metrics["store"]))
+    except (OSError, ValueError, KeyError, TypeError, UsageError, DataError):
         return False
+
+
+def _reads(job: TrainingJob, snapshot: str | None) -> bool:
+    """Whether ``snapshot``, which the run in the job's folder read, is what the job is to read."""
+    if job.store is None or snapshot is None:
+        return job.store is None and snapshot is None
+    named = Address.parse(job.store).snapshot
+    if named is not None:
+        return snapshot.startswith(named)
+    recorded = read_run_store(job.out)
+    return recorded is not None and recorded.snapshot == snapshot and names_recorded(job.store, recorded)
 
 
 def _receive(connection: Connection, running: dict[Connection, _Running], on_event: EventSink) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rsmtdf_cache.errors import Interrupted, MismatchError, UsageError
+from rsmtdf_cache.errors import DataError, Interrupted, MismatchError, RsmtdfError, UsageError
 from rsmtdf_cache.events import Event, Warned
 from rsmtdf_cache.files import replace_file
 from rsmtdf_cache.sources import TileSource, open_source
@@ -65,6 +65,15 @@ class Run:
     device: torch.device
 
 
+class _StoreGone(Exception):
+    """The store, or what the run reads of it, cannot be had: no matter to a run that is complete."""
+
+    def __init__(self, address: Path | str, error: RsmtdfError) -> None:
+        super().__init__(str(error))
+        self.address = address
+        self.error = error
+
+
 def pick_device(name: str | None) -> torch.device:
     """Return the device called ``name``; by default the first GPU, else the CPU. Raises ``UsageError``."""
     if name is None:
@@ -91,10 +100,11 @@ def train(
 ) -> RunResult:
     """Train ``recipe`` into the run folder ``out`` and score it on ``recipe.eval_split``; return the result.
 
-    A run that is there already continues; a complete one is returned as it is. ``store_path``: folder or URL of the
-    store of cached targets, with ``@SNAPSHOT`` or without; given without distillation it still decides the geometry of
-    the crops, so that arms are paired. A run that continues reads the snapshot it began with. ``pin``: keep that
-    snapshot from being collected as long as the pin in the store, owned by the run's folder, is there.
+    A run that is there already continues; a complete one is returned as it is, also when its store is gone.
+    ``store_path``: folder or URL of the store of cached targets, with ``@SNAPSHOT`` or without; given without
+    distillation it still decides the geometry of the crops, so that arms are paired. A run that continues reads the
+    snapshot it began with. ``pin``: keep that snapshot from being collected as long as the pin in the store, owned by
+    the run's folder, is there.
     Raises ``UsageError`` (recipe, or targets without a store), ``MismatchError`` (another run, store or dataset),
     ``DataError`` (dataset, damaged checkpoint), ``Interrupted`` after a signal. A loss that is not finite is a
     ``UsageError`` of the recipe.
@@ -103,7 +113,13 @@ def train(
         raise UsageError(
             f"--pin writes into the store, which must be a local folder; --use-cache is {_shown(store_path)}"
         )
-    run, store = _open(recipe, out, store_path, device, threads)
+    try:
+        run, store = _open(recipe, out, store_path, device, threads)
+    except _StoreGone as gone:
+        metrics = None if pin else _complete_without_store(recipe, RunFolder(out), gone.address)
+        if metrics is None:
+            raise gone.error from None
+        return RunResult(out, recipe.steps, recipe.steps, metrics)
     if left_out := run.loader.dataset.left_out:
         on_event(Warned(f"{len(left_out)} tiles that the store's build could not use are left out of training"))
     state = build_state(recipe, len(run.identity.classes), run.identity.targets, run.device)
@@ -169,7 +185,10 @@ def _open(
     if store_path is not None:
         from rsmtdf_train.run_store import open_run_store
 
-        store = open_run_store(store_path, out)
+        try:
+            store = open_run_store(store_path, out)
+        except RsmtdfError as error:
+            raise _StoreGone(store_path, error) from error
         if recipe.distill is not None:
             check_pins(store, recipe.distill.pins)
     loader = BatchLoader.open(source, recipe, store, threads)
@@ -183,6 +202,21 @@ def _open(
         there = RunIdentity(folder.load_recipe(), identity.snapshot, source.classes, source.ignore_index, shapes)
         identity.require_same(there, out)
     return Run(identity, folder, source, loader, chosen), store
+
+
+def _complete_without_store(recipe: Recipe, folder: RunFolder, address: Path | str) -> dict[str, Any] | None:
+    """Return the metrics of the run in ``folder`` if it is complete and was made of ``recipe`` and this store."""
+    from rsmtdf_train.run_store import names_recorded, read_run_store
+
+    try:
+        recorded = read_run_store(folder.root)
+        if recorded is None or not names_recorded(address, recorded) or folder.load_recipe() != recipe:
+            return None
+        metrics: dict[str, Any] = json.loads(folder.metrics.read_text())
+        same = (metrics["store"], metrics["step"]) == (recorded.snapshot, recipe.steps)
+    except (OSError, ValueError, KeyError, TypeError, UsageError, DataError):
+        return None
+    return metrics if same else None
 
 
 def _shown(address: Path | str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,6 +25,9 @@ __all__ = [
     "StudentConfig",
     "load_recipe",
 ]
+
+
+_Patterns = TypeVar("_Patterns", tuple[str, ...], dict[str, float])
 
 
 class _Config(BaseModel):
@@ -101,6 +104,24 @@ class DistillConfig(_Config):
         description="digest (8 or more hex digits) the store must have, by teacher/view/layer or teacher/size/layer",
     )
 
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _one_pattern_is_a_list_of_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("keys", "weights")
+    @classmethod
+    def _patterns_name_targets(cls, patterns: _Patterns) -> _Patterns:
+        for pattern in patterns:
+            view = pattern.split("/")[1] if pattern.count("/") == 2 else ""
+            if turned := re.fullmatch(r"(s[^o]*)o[^o]*", view):  # no teacher/size/layer has an o there
+                teacher, _, layer = pattern.split("/")
+                raise ValueError(
+                    f"{pattern!r} names an orientation, which training draws itself: "
+                    f"write '{teacher}/{turned[1]}/{layer}'"
+                )
+        return patterns
+
     @field_validator("pins")
     @classmethod
     def _pins_name_digests(cls, pins: dict[str, str]) -> dict[str, str]:
@@ -149,6 +170,11 @@ class Recipe(_Config):
     @classmethod
     def _labeled_is_a_name(cls, value: object) -> object:
         return str(value) if isinstance(value, int) else value
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _one_teacher_is_a_list_of_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("teachers")
     @classmethod

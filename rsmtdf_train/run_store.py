@@ -13,7 +13,7 @@ from rsmtdf_cache.share.address import Address
 from rsmtdf_cache.share.catalogue import same_place
 from rsmtdf_cache.store import FeatureStore
 
-__all__ = ["RunStore", "open_run_store", "read_run_store", "store_place", "write_run_store"]
+__all__ = ["RunStore", "names_recorded", "open_run_store", "read_run_store", "store_place", "write_run_store"]
 
 _FILE = "store.json"
 
@@ -83,10 +83,18 @@ def open_run_store(address: Path | str, run: Path) -> FeatureStore:
     return then
 
 
+def names_recorded(address: Path | str, recorded: RunStore) -> bool:
+    """Return whether ``address`` names what ``recorded`` says: the same place, and no other snapshot."""
+    snapshot = Address.parse(address).snapshot
+    return store_place(address) == recorded.store and (snapshot is None or recorded.snapshot.startswith(snapshot))
+
+
 def _lost(run: Path, recorded: RunStore, address: Address, now: FeatureStore, why: str) -> MismatchError:
+    place = store_place(address.shown)
+    lines = [f"  store: {recorded.snapshot!r} (run) != {now.snapshot!r} (asked)"]
+    if place != recorded.store:
+        lines.append(f"  place: {recorded.store!r} (run) != {place!r} (asked)")
     return MismatchError(
         f"{run} reads a snapshot that {address.shown} does not hold ({why}). Give the store it was begun with, or "
-        "choose another --out; --pin keeps a store from losing a run's snapshot. They differ in:\n"
-        f"  store: {recorded.snapshot!r} (run) != {now.snapshot!r} (asked)\n"
-        f"  place: {recorded.store!r} (run) != {store_place(address.shown)!r} (asked)"
+        "choose another --out; --pin keeps a store from losing a run's snapshot. They differ in:\n" + "\n".join(lines)
     )

@@ -31,6 +31,7 @@ __all__ = [
     "TargetMode",
     "TargetRequest",
     "TargetSpec",
+    "asked_as",
     "check_pins",
     "match_keys",
     "store_geometry",
@@ -83,6 +84,11 @@ class TargetMode(ABC):
     @abstractmethod
     def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, NDArray[np.float16]]]:
         """Return for each request ``{key: [h, w, D] float16}`` in the teacher's scale; NaN in tokens not valid."""
+
+
+def asked_as(teacher: str) -> str:
+    """Return what ``--teacher`` calls the stored ``teacher``: ``timm-a`` is asked for as ``timm:a``."""
+    return f"timm:{teacher[5:]}" if teacher.startswith("timm-") else teacher
 
 
 def match_keys(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -145,9 +151,14 @@ def store_geometry(store: FeatureStore, crop_px: int, patterns: Sequence[str] = 
 
     Without patterns: of all targets on a pixel lattice. So the geometry is a function of the store alone, and arms
     that distil from all, some or none of its features see the same crops. Raises ``UsageError`` for a ``crop_px`` off
-    the lattice, a named target without one, or targets that share no orientation.
+    the lattice, a named target without one, targets that share no orientation, or a store without arrays.
     """
     stored = target_specs(store)
+    if not stored:
+        raise UsageError(
+            f"store {store.shown} holds no arrays; build features into it: "
+            f"rsmtdf cache build DATA --out {store.shown} --teacher NAME"
+        )
     chosen = match_keys(patterns, list(stored))
     specs = [next(iter(stored[key].values())) for key in chosen]
     if not patterns:
@@ -254,10 +265,10 @@ class CachedTargets(TargetMode):
             turns = len({spec.view.orientation for spec in specs})
             scale = "+".join(f"{s:g}" for s in scales)
             origin = specs[0].teacher.weights_origin
-            weights = {"file": ",weights=FILE"}.get(origin, "")
+            weights = ",weights=FILE" if origin.startswith("file ") else ""
             if origin.startswith("seed "):
                 weights = f",pretrained=none,seed={origin.removeprefix('seed ')}"
-            teachers.append(f"--teacher {name}{weights},layers={layers},scales={scale},orientations={turns}")
+            teachers.append(f"--teacher {asked_as(name)}{weights},layers={layers},scales={scale},orientations={turns}")
         return f"rsmtdf cache build {data} --out {self.store.shown} {' '.join(teachers)}"
 
 

@@ -27,6 +27,7 @@ class WebFolder:
     root: Path
     url: str = ""
     ranges: bool = True  # False: ignores Range, as plain servers do
+    page: bytes = b""  # answer everything with this and 200
     endless: str = ""  # a path whose answer never ends
     cut_after: int = 0  # bytes of a body after which the connection is cut; 0 = never
     cuts_left: int = 0
@@ -73,6 +74,10 @@ def web_folder(root: Path) -> Iterator[WebFolder]:
             failing = 503 if folder.fail_on and folder.fail_on in self.path else 0
             if folder.status or failing or (folder.stubborn and asked and int(asked[1])):
                 self._head(folder.status or failing or 503, 0)
+                return
+            if folder.page:
+                self._head(200, len(folder.page))
+                self.wfile.write(folder.page if body else b"")
                 return
             if folder.endless and path == folder.endless:
                 self._endless()

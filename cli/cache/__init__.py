@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rsmtdf_cli.cache.audit import verify
 from rsmtdf_cli.cache.build import build
-from rsmtdf_cli.cache.catalogue import forget, list_
+from rsmtdf_cli.cache.catalogue import forget, list_, register
 from rsmtdf_cli.cache.growth import diff, drop, gc, merge, pin, unpin
 from rsmtdf_cli.cache.look import info, preview
 from rsmtdf_cli.cache.share import pull, push
@@ -17,4 +17,5 @@ app = new_app("Build, describe, verify, grow and share stores of teacher feature
 for _command in (build, info, verify, preview, drop, gc, pin, unpin, merge, diff, push, pull):
     app.command()(_command)
 app.command("list")(list_)
+app.command()(register)
 app.command()(forget)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rsmtdf_cli.cache.show import plain, show_arrays, size
+from rsmtdf_cli.cache.show import local_folder, plain, show_arrays, size
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, progress
 
 if TYPE_CHECKING:
@@ -19,7 +19,10 @@ __all__ = ["build"]
 @command
 def build(
     data: Annotated[Path | None, typer.Argument(help="Folder of the dataset.", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the store; an existing store is continued.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the store; an existing store is continued.", parser=local_folder, metavar="DIR"),
+    ] = None,
     teacher: Annotated[
         list[str] | None,
         typer.Option(help="NAME[,weights=FILE][,pretrained=none,seed=N][,layers=a+b][,scales=1+0.5]; repeatable."),
@@ -51,6 +54,8 @@ def build(
         "precision": precision, "micro_batch": micro_batch, "threads": threads,
     }  # fmt: skip
     values |= {name: value for name, value in given.items() if value is not None}
+    if isinstance(values.get("out"), str):  # of --config
+        values["out"] = local_folder(values["out"])
     values |= {name: True for name, flag in (("strict", strict), ("allow_mixed", allow_mixed)) if flag}
     _demand(values)
     request = BuildRequest.of(values)

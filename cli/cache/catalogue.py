@@ -1,7 +1,9 @@
-"""``rsmtdf cache list`` and ``forget``: the stores this user registered."""
+"""``rsmtdf cache list``, ``register`` and ``forget``: the stores this user registered."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +11,7 @@ import typer
 from rsmtdf_cli.cache.show import plain, size
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, message, progress
 
-__all__ = ["forget", "list_"]
+__all__ = ["forget", "list_", "register"]
 
 
 @command
@@ -21,13 +23,46 @@ def list_(json: JsonOption = False, quiet: QuietOption = False) -> None:
         stores = describe_stores(on_event)
     if json:
         emit_json({"home": catalogue_home(), "stores": stores})
+    elif quiet:
+        return
     elif stores:
         _show(stores)
-    elif not quiet:
+    else:
         message(
-            f"no store is registered in {catalogue_home()}; `rsmtdf cache build` and `rsmtdf cache pull` register",
+            f"no store is registered in {catalogue_home()}; `rsmtdf cache build` and `pull` register what they make, "
+            "`rsmtdf cache register STORE` one that is there",
             kind="note",
         )
+
+
+@command
+def register(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or URL of the store.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Dataset the store was built from, for `verify --repair`.")
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Put a store into the catalogue as it is: one that was moved, copied, or is read at its URL."""
+    from rsmtdf_cache.errors import UsageError
+    from rsmtdf_cache.share.address import Address
+    from rsmtdf_cache.share.catalogue import enter_store
+    from rsmtdf_cache.sources import open_source
+    from rsmtdf_cache.store import FeatureStore
+
+    if (snapshot := Address.parse(path).snapshot) is not None:
+        raise UsageError(f"cache register: the catalogue names stores, not snapshots; leave @{snapshot} away")
+    store = FeatureStore.open(path, verify_reads="never")
+    if data is not None:
+        source = open_source(data)
+        if source.tile_px != store.tile_px:
+            raise UsageError(
+                f"--data {data}: has tiles of {source.tile_px} px, {store.shown} of {store.tile_px} px; give the "
+                "dataset it was built from"
+            )
+    entry = enter_store(path, data, store.manifest.dataset)
+    if not quiet:
+        message(f"{entry.path} is in the catalogue", kind="note")
 
 
 @command
@@ -42,7 +77,7 @@ def forget(
     if not forget_store(path):
         known = [entry.path for entry in registered_stores()]
         raise UsageError(
-            f"cache forget {path}: {same_place(path)} is not registered.{did_you_mean(same_place(path), known)} "
+            f"cache forget: {same_place(path)} is not registered.{did_you_mean(same_place(path), known)} "
             "`rsmtdf cache list` shows what is"
         )
     if not quiet:
@@ -54,18 +89,25 @@ def _show(stores: list[dict[str, Any]]) -> None:
 
     table = Table("dataset", "teachers", "views", "tiles", "size", "snapshot", "runs", Column("path", overflow="fold"))
     for s in stores:
-        path = plain(s["path"])
+        runs, path = plain(_runs(s["runs"])), plain(s["path"])
         if s["status"] == "ok":
             table.add_row(
-                plain(s["dataset"]), plain(", ".join(s["teachers"])), plain(", ".join(s["views"])), str(s["tiles"]),
-                size(s["nbytes"]), s["snapshot"][:12], _runs(s["runs"]), path,
+                plain(s["dataset"]), plain(", ".join(s["teachers"])), plain(", ".join(s["views"])),
+                f"{s['complete']} of {s['tiles']}", size(s["nbytes"]), s["snapshot"][:12], runs, path,
             )  # fmt: skip
         else:
-            what = plain(s["status"] if s["status"] == "missing" else f"unreadable: {s['reason']}")
-            table.add_row(plain(s["dataset"]), f"[red]{what}[/]", "", "", "", "", _runs(s["runs"]), path)
+            table.add_row(plain(s["dataset"]), f"[red]{s['status']}[/]", "", "", "", "", runs, path)
     console().print(table)
+    for s in stores:
+        if s["status"] == "missing":
+            message(
+                f"{s['path']}: {s['reason']}; `rsmtdf cache forget {quote(s['path'])}` takes it out; if it was moved, "
+                "`rsmtdf cache register NEW-PATH` enters it there",
+                kind="missing",
+            )
+        elif s["status"] == "unreadable":
+            message(f"{s['path']}: {s['reason']}", kind="unreadable")
 
 
 def _runs(runs: list[dict[str, Any]]) -> str:
-    names = [plain(r["recipe"]) for r in runs[:3]]
-    return ", ".join(names) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
+    return f"{len(runs)}, last {Path(runs[0]['run']).name}" if runs else ""

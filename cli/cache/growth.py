@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rsmtdf_cli.cache.show import StoreArgument, plain, size
+from rsmtdf_cli.cache.show import StoreArgument, local_folder, plain, size
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, progress
 
 if TYPE_CHECKING:
@@ -113,8 +113,16 @@ def unpin(
 @command
 def merge(
     store: StoreArgument,
-    other: Annotated[Path, typer.Argument(help="Folder of the store to take in.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Folder of a new store (default: merge into STORE).")] = None,
+    other: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of the store to take in.", show_default=False, parser=local_folder, metavar="OTHER"
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a new store (default: merge into STORE).", parser=local_folder, metavar="DIR"),
+    ] = None,
     allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Accept units of other numerics.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, write nothing.")] = False,
     json: JsonOption = False,

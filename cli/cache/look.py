@@ -14,13 +14,15 @@ __all__ = ["info", "preview"]
 
 
 @command
-def info(store: AnyStoreArgument, json: JsonOption = False) -> None:
+def info(store: AnyStoreArgument, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Describe a store: dataset, teachers, arrays, sizes, snapshot."""
     from rsmtdf_cache.store import FeatureStore
 
     found = FeatureStore.open(store, verify_reads="never").describe()
     if json:
         emit_json(found)
+        return
+    if quiet:
         return
     splits = ", ".join(f"{name} {count}" for name, count in found["splits"].items())
     screen = console()

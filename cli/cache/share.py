@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rsmtdf_cli.cache.show import plain, size
+from rsmtdf_cli.cache.show import local_folder, plain, size
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, progress
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ ViewOption = Annotated[list[str] | None, typer.Option(help="Only these views, e.
 TilesOption = Annotated[str | None, typer.Option(help="Only the row groups of a split, or of a file of tile ids.")]
 WorkersOption = Annotated[int, typer.Option(help="Transfers at once.", min=1, max=64)]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would travel, write nothing.")]
+DeepOption = Annotated[
+    bool, typer.Option("--deep", help="Also compare the bytes that the target has already; replace what differs.")
+]
 
 
 @command
@@ -35,6 +38,7 @@ def push(
     tiles: TilesOption = None,
     workers: WorkersOption = 4,
     dry_run: DryRunOption = False,
+    deep: DeepOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -42,7 +46,7 @@ def push(
     from rsmtdf_cache.share.push import push_store
 
     with progress(quiet) as on_event:
-        report = push_store(store, url, _selection(teacher, layer, view, tiles), on_event, workers, dry_run)
+        report = push_store(store, url, _selection(teacher, layer, view, tiles), on_event, workers, dry_run, deep)
     _show(report, json, quiet)
 
 
@@ -50,7 +54,13 @@ def push(
 def pull(
     url: UrlArgument,
     folder: Annotated[
-        Path, typer.Argument(help="Folder to copy to; an earlier copy is continued.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Folder to copy to; an earlier copy is continued.",
+            show_default=False,
+            parser=local_folder,
+            metavar="FOLDER",
+        ),
     ],
     teacher: TeacherOption = None,
     layer: LayerOption = None,
@@ -58,6 +68,7 @@ def pull(
     tiles: TilesOption = None,
     workers: WorkersOption = 4,
     dry_run: DryRunOption = False,
+    deep: DeepOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -66,7 +77,7 @@ def pull(
     from rsmtdf_cache.share.pull import pull_store
 
     with progress(quiet) as on_event:
-        report = pull_store(url, folder, _selection(teacher, layer, view, tiles), on_event, workers, dry_run)
+        report = pull_store(url, folder, _selection(teacher, layer, view, tiles), on_event, workers, dry_run, deep)
         if not dry_run:
             register_store(folder, on_event=on_event)
     _show(report, json, quiet)
@@ -89,13 +100,21 @@ def _show(report: CopyReport, json: bool, quiet: bool) -> None:
     plan = report.plan
     along = f" (and {plan.tiles_along} that share their row groups)" if plan.tiles_along else ""
     console().print(
-        f"{plain(report.source)} → {plain(report.target)}: {plan.tiles} tiles{along}, {len(plan.arrays)} array sets, "
-        f"{plan.units_before} units there already"
+        f"{plain(report.source)} → {plain(report.target)}: {_count(plan.tiles, 'tile')}{along}, "
+        f"{_count(len(plan.arrays), 'array set')}, {_count(plan.units_before, 'unit')} there already"
     )
+    replaced = f" ({plan.replaced} of them to replace missing or damaged ones)" if plan.replaced else ""
     if report.dry_run:
-        console().print(f"would copy {plan.shards} shards, {size(plan.nbytes)}")
+        console().print(f"would copy {_count(plan.shards, 'shard')}{replaced}, {size(plan.nbytes)}")
         return
-    moved = (
-        f"copied {size(report.nbytes_moved)} in {report.seconds:.1f} s" if report.nbytes_moved else "nothing to copy"
-    )
+    if plan.shards:
+        moved = (
+            f"copied {_count(plan.shards, 'shard')}{replaced}, {size(report.nbytes_moved)} in {report.seconds:.1f} s"
+        )
+    else:
+        moved = "nothing to copy"
     console().print(f"{moved}; snapshot {report.snapshot[:16]}")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,17 +10,35 @@ import typer
 
 from rsmtdf_cli.console import console
 
-__all__ = ["AnyStoreArgument", "StoreArgument", "plain", "show_arrays", "size"]
+__all__ = ["AnyStoreArgument", "StoreArgument", "local_folder", "plain", "show_arrays", "size"]
 
 
 def _folder(text: str) -> Path:
-    if "://" in text and not text.startswith("file://"):
-        from rsmtdf_cache.share.address import redact
+    return _local(text, "this command works on folders: `rsmtdf cache pull URL DIR` brings it here")
+
+
+def local_folder(text: str) -> Path:
+    """Return the folder that ``text``, a path or a ``file://`` URL, names: what an option's ``parser`` does.
+
+    Raises ``typer.BadParameter`` for another URL.
+    """
+    return _local(text, "write to a folder; `rsmtdf cache push FOLDER URL` publishes a store")
+
+
+def _local(text: str, instead: str) -> Path:
+    scheme, found, _ = text.partition("://")
+    if found and scheme.lower() in ("file", "local"):
+        from rsmtdf_cache.share.address import Address
+
+        return Address.parse(text).path
+    # One slash is what is left of a URL that went through a path.
+    if found or re.match(r"(?:s3a?|gs|gcs|hf|https?|abfss?|ftp|sftp|ssh):/", text):
+        from rsmtdf_cache.share.address import redact_typed
 
         raise typer.BadParameter(
-            f"{redact(text)} is remote; this command works on folders: `rsmtdf cache pull URL DIR` brings it here"
+            f"{redact_typed(text) if found else text.partition(':')[0] + ':/…'} is remote; {instead}"
         )
-    return Path(text.removeprefix("file://"))
+    return Path(text)
 
 
 #: A store on this machine; for what changes it or needs all of its files.

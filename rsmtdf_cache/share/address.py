@@ -15,13 +15,17 @@ from urllib.parse import parse_qsl, unquote
 
 from rsmtdf_cache.errors import UsageError, did_you_mean
 
-__all__ = ["Address", "redact"]
+__all__ = ["Address", "redact", "redact_typed"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SNAPSHOT = re.compile(r"@([0-9a-f]{8,64})$")
 #: ``http://host:8000@SNAPSHOT``: no user, for the host would be a bare hex number.
-_HOST_ONLY = re.compile(r"([\w.-]+(?::\d+)?)@[0-9a-f]{8,64}")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
+_HOST_ONLY = re.compile(r"([\w.-]+(?::\d{1,5})?)@[0-9a-f]{8,64}")
+#: A URL in a text. A password may hold blanks, quotes and slashes: with ``user:…`` all up to the line's last @ counts.
+_URL = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^/\s@:\[]*@|[^/\s@:\[]*:(?!\s|\d+(?:[/?#\s:@]|$)|\d*$)[^\n]*@)?[^\s'\"<>]*",
+    re.MULTILINE,
+)
 _PAIR = re.compile(
     r"""((?:x-amz-[a-z-]+ | awsaccesskeyid | sig | signature | credential | authorization
         | [a-z_-]*(?:token | secret | password | passwd | api[_-]?key | access[_-]?key(?:[_-]?id)?))
@@ -33,6 +37,8 @@ _SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|
 #: In these a name before ``@`` is a container, no user.
 _CONTAINER_FIRST = {"abfs", "abfss", "adl", "az", "wasb", "wasbs"}
 _HTTP = {"http", "https"}
+_NO_USER = {"s3", "s3a", "gs", "gcs", "hf"}
+_HOST_PORT = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:@\[\]]+)(?::\d*)?")
 _HIDDEN = "***"
 
 
@@ -57,23 +63,25 @@ class Address:
             raise UsageError("an empty place for a store; give a folder or a URL such as s3://bucket/store")
         found = _SCHEME.match(text)
         if re.match(r"[^/?]*::", text) and "://" in text:
-            raise UsageError(f"{redact(text)}: chained URLs (with '::') are not supported; give the plain URL")
+            raise UsageError(f"{redact_typed(text)}: chained URLs (with '::') are not supported; give the plain URL")
         if found is None or found[1].lower() in ("file", "local"):
             return cls._local(text, found)
-        return cls._remote(text, found[1].lower())
+        return cls._remote(text, found[1].lower(), redact_typed(text))
 
     @classmethod
     def _local(cls, text: str, found: re.Match[str] | None) -> Address:
         path = text[found.end() :] if found else text
         if found and not path.startswith("/"):
-            raise UsageError(f"{text!r}: write file:// with an absolute path (file:///data/store), or the plain path")
+            raise UsageError(
+                f"{redact_typed(text)!r}: write file:// with an absolute path (file:///data/store), or the plain path"
+            )
         tail = _SNAPSHOT.search(path)
         if tail is None or tail.start() == 0 or os.path.lexists(path):
             return cls("file", path)
         return cls("file", path[: tail.start()], snapshot=tail[1])
 
     @classmethod
-    def _remote(cls, text: str, scheme: str) -> Address:
+    def _remote(cls, text: str, scheme: str, shown: str) -> Address:
         _known_scheme(scheme)
         start = text.index("://") + 3
         netloc_end = min((i for i in (text.find(c, start) for c in "/?#") if i >= 0), default=len(text))
@@ -81,16 +89,20 @@ class Address:
         if tail is None and (short := _HOST_ONLY.fullmatch(text, start)):
             tail = _SNAPSHOT.search(text, short.end(1))
         body = text[: tail.start()] if tail else text
-        location, _, query = body.partition("#")[0].partition("?")
-        host = location[start:].partition("/")[0]
-        if "@" in host and scheme in ("s3", "s3a", "gs", "gcs", "hf"):
-            raise UsageError(
-                f"{redact(text)}: credentials do not belong into a {scheme}:// URL; give them in the environment"
-            )
+        if scheme in _HTTP and "#" in body:
+            raise UsageError(f"{shown}: a store's URL has no fragment; write '#' in a name or password as %23")
+        location, _, query = body.partition("?")
+        host, _, path = location[start:].partition("/")
+        if scheme in _NO_USER and ("@" in host or (":" in host and "@" in path)):
+            raise UsageError(f"{shown}: credentials do not belong into a {scheme}:// URL; give them in the environment")
         if query and scheme not in _HTTP:
-            raise UsageError(f"{redact(text)}: only http:// and https:// URLs can have a query string")
+            raise UsageError(f"{shown}: only http:// and https:// URLs can have a query string")
         if not host:
-            raise UsageError(f"{redact(text)}: the URL names no host or bucket")
+            raise UsageError(f"{shown}: the URL names no host or bucket")
+        if scheme in _HTTP and not _HOST_PORT.fullmatch(host.rpartition("@")[2]):
+            raise UsageError(
+                f"{shown}: the URL names no host, or the port is no number; a password has %2F %3F %23 %40 for / ? # @"
+            )
         return cls(scheme, scheme + location[start - 3 :].rstrip("/"), query, tail[1] if tail else None)
 
     @property
@@ -162,9 +174,29 @@ def redact(text: str) -> str:
     return _PAIR.sub(lambda found: found[1] + _HIDDEN, text)
 
 
+def redact_typed(text: str) -> str:
+    """Return an address as a person typed it, right or wrong, for a message: all from ``://`` to the last ``@`` is
+    hidden, and a query. An ``@SNAPSHOT`` stays where the rest cannot hold a secret.
+    """
+    scheme, found, rest = text.partition("://")
+    tail = _SNAPSHOT.search(rest)
+    if (
+        tail is not None
+        and "@" not in rest[: tail.start()]
+        and re.fullmatch(r"[^:]*(:\d{1,5}(/[^:]*)?)?", rest[: tail.start()])
+    ):
+        rest, end = rest[: tail.start()], tail[0]
+    else:
+        before, at, rest = rest.rpartition("@")
+        rest, end = (_HIDDEN + at if before else "") + rest, ""
+    return redact(scheme) + found + rest.partition("?")[0] + end if found else redact(text)
+
+
 def _without_secrets(url: str) -> str:
     scheme, _, rest = url.partition("://")
-    rest = rest.partition("?")[0].partition("#")[0]
+    rest = rest.partition("?")[0]
+    if scheme.lower() in _HTTP:
+        rest = rest.partition("#")[0]
     host, slash, path = rest.partition("/")
     if "@" not in host and "@" in path and not host.partition(":")[2].isdigit() and ":" in host:
         host, slash, path = rest.rpartition("@")[2].partition("/")  # a slash inside a password

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rsmtdf_cache.errors import ResourceError, UsageError
+from rsmtdf_cache.errors import ResourceError
 from rsmtdf_cache.share.address import Address
 
 __all__ = ["BLOCK_NBYTES", "Backend", "STREAM_NBYTES", "open_backend"]
@@ -43,11 +43,13 @@ class Backend(ABC):
     def size(self, name: str) -> int:
         """Return the bytes of a file. Raises ``FileNotFoundError``."""
 
+    def listing(self, folder: str) -> dict[str, int] | None:
+        """Return the bytes of every file below ``folder`` by name, None where folders cannot be listed."""
+        return None
+
     def put(self, name: str, source: bytes | Path, absent: bool) -> bool:
         """Write a file in one step; ``absent``: only when there is none. Return whether it was written."""
-        raise UsageError(
-            f"{self._address.shown}: can only be read; push to a folder or an object store (s3://bucket/store)"
-        )
+        raise NotImplementedError
 
 
 def open_backend(address: Address) -> Backend:
@@ -205,6 +207,19 @@ class _Objects(_Fsspec):
 
     def size(self, name: str) -> int:
         return int(self._fs.info(self._address.url(name))["size"])
+
+    def listing(self, folder: str) -> dict[str, int] | None:
+        fs, root = self._fs, self._address.location.rstrip("/")
+        below = fs._strip_protocol(root).strip("/") + "/"
+        fs.invalidate_cache()
+        try:
+            found = fs.find(f"{root}/{folder}", detail=True)
+        except (FileNotFoundError, PermissionError, NotImplementedError):
+            return None  # nothing there, or a key that may read and not list: sizes are asked one by one
+        sizes = {n.lstrip("/"): int(f["size"]) for n, f in found.items() if f["type"] == "file"}
+        if not all(name.startswith(below) for name in sizes):
+            return None
+        return {name.removeprefix(below): size for name, size in sizes.items()}
 
     def put(self, name: str, source: bytes | Path, absent: bool) -> bool:
         try:

@@ -6,6 +6,7 @@ Sizes follow from shapes and shapes are bounded, so that a hostile record ends i
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,11 +17,12 @@ from rsmtdf_cache.manifest import Manifest
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec, differing_fields
 from rsmtdf_cache.stats import ChannelStats
 
-__all__ = ["check_ledger", "check_stats", "refuse_other_store"]
+__all__ = ["check_ledger", "check_stats", "refuse_double", "refuse_other_store"]
 
 #: Token centres and channel statistics of all arrays together: half a gigabyte of derived numbers.
 DERIVED_VALUES_MAX = 2**26
 _HEX64 = re.compile("[0-9a-f]{64}")
+_TILES = re.compile(r"tile table|row \d+: (.+) \(store\) != (?!\1 )|dataset|group_rows")
 
 
 def check_ledger(manifest: Manifest, ledger: Ledger, where: str) -> None:
@@ -79,17 +81,27 @@ def refuse_other_store(here: tuple[Manifest, Ledger], there: tuple[Manifest, Led
             continue
         if specs[key].digest() != spec.digest():
             lines += [f"{key}: {line}" for line in differing_fields(specs[key].to_json(), spec.to_json())]
-        elif ours.set_of(key) != theirs.set_of(key):
-            lines.append(f"{key}: built together with other layers there than here")
     for name in set(ours.sets) & set(theirs.sets):
         a_profile, b_profile = ours.sets[name].profile, theirs.sets[name].profile
         lines += [f"numerics: {line}" for line in differing_fields(b_profile.to_json(), a_profile.to_json())]
     if lines:
         text = "\n  ".join(lines[:12])
-        raise MismatchError(
-            f"{place} is another store:\n  {text}\nnothing was written; choose another place, or unite the two with "
-            "`rsmtdf cache merge`"
-        )
+        # Arrays that differ in what they are cannot be united; tiles that came in other steps can.
+        merge = ", or unite the two with `rsmtdf cache merge`" if all(_TILES.match(line) for line in lines) else ""
+        raise MismatchError(f"{place} is another store:\n  {text}\nnothing was written; choose another place{merge}")
+
+
+def refuse_double(arrays: Mapping[str, Sequence[str]], source: Ledger, target: Ledger, place: str) -> None:
+    """Raise ``MismatchError`` when an array that comes (set → layers) is there already in a set of other layers."""
+    for name, layers in arrays.items():
+        keys = {s.key for s in source.live(name) if s.layer.name in layers}
+        for other in target.sets:
+            double = keys & {s.key for s in target.live(other)} if other != name else set()
+            if double:
+                raise MismatchError(
+                    f"{place}: {min(map(str, double))} was built there together with other layers meanwhile; choose "
+                    "another place, or unite the two with `rsmtdf cache merge`"
+                )
 
 
 def _check_commit(

@@ -11,7 +11,8 @@ from typing import TypeVar
 __all__ = ["Counter", "run_jobs"]
 
 _K = TypeVar("_K")
-Counter = Callable[[int], None]
+#: Told how many bytes are done, and how many of them travelled for it.
+Counter = Callable[[int, int], None]
 
 
 class _Stopped(Exception):
@@ -24,17 +25,17 @@ def run_jobs(jobs: Iterable[tuple[_K, Callable[[Counter], None]]], workers: int,
     Keys are yielded and ``on_bytes`` is called in the caller's thread, so neither needs a lock. The first failure, or
     leaving the loop, stops the other jobs at their next block; the failure is raised.
     """
-    counts: queue.SimpleQueue[int] = queue.SimpleQueue()
+    counts: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
     stop = threading.Event()
 
-    def count(nbytes: int) -> None:
+    def count(nbytes: int, moved: int) -> None:
         if stop.is_set():
             raise _Stopped
-        counts.put(nbytes)
+        counts.put((nbytes, moved))
 
     def drain() -> None:
         while not counts.empty():
-            on_bytes(counts.get())
+            on_bytes(*counts.get())
 
     waiting = iter(jobs)
     running: dict[Future[None], _K] = {}

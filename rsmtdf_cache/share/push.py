@@ -7,24 +7,25 @@ its recorded sha256 before it leaves.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rsmtdf_cache.errors import FindingsError, Interrupted, MismatchError, ResourceError
+from rsmtdf_cache.errors import FindingsError, Interrupted, MismatchError, ResourceError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
-from rsmtdf_cache.files import RECORD_NBYTES_MAX, replace_file, replace_json, sha256_file
-from rsmtdf_cache.head import read_head, write_head
+from rsmtdf_cache.files import RECORD_NBYTES_MAX, read_json, replace_file, replace_json, sha256_file
+from rsmtdf_cache.head import parse_head, read_head, write_head
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.share.address import Address
-from rsmtdf_cache.share.checks import check_stats, refuse_other_store
-from rsmtdf_cache.share.names import HEAD
+from rsmtdf_cache.share.checks import check_stats, refuse_double, refuse_other_store
+from rsmtdf_cache.share.names import HEAD, checked_name, is_metadata, safe_place
 from rsmtdf_cache.share.parallel import Counter, run_jobs
-from rsmtdf_cache.share.pull import CopyReport, copy_local
+from rsmtdf_cache.share.pull import CopyReport, copy_local, find_damaged
 from rsmtdf_cache.share.select import CopyPlan, Selection, Unit, plan_copy
 from rsmtdf_cache.share.staged import Staged, local_records, read_remote_head, stage_records
 from rsmtdf_cache.share.transport import Transport, connect
@@ -42,17 +43,25 @@ def push_store(
     on_event: EventSink = ignore_events,
     workers: int = 4,
     dry_run: bool = False,
+    deep: bool = False,
 ) -> CopyReport:
     """Publish the store ``root`` (a folder, or ``FOLDER@SNAPSHOT``) at ``url``; return what was done.
 
-    A second call continues, or adds what is new. Raises ``MismatchError`` (another store is there; nothing was
+    A second call continues, or adds what is new, and replaces what is missing there or of another size; ``deep``: also
+    what has another sha256 (reads all of it). Raises ``MismatchError`` (another store is there; nothing was
     overwritten), ``FindingsError`` (a local shard is damaged), ``ResourceError`` (network), ``UsageError``.
     """
     started = time.perf_counter()
     target = url if isinstance(url, Address) else Address.parse(url)
     origin, chosen = Address.parse(root), selection or Selection()
+    if target.snapshot is not None:
+        raise UsageError(f"{target.shown}: a push goes to a place, not to a snapshot; write it without @SNAPSHOT")
+    if target.is_http:
+        raise UsageError(f"{target.shown}: can only be read; push to a folder or an object store (s3://bucket/store)")
+    if origin.is_remote:
+        raise UsageError(f"{origin.shown} is remote; bring it here with `rsmtdf cache pull`, then push that folder")
     if target.is_local:
-        return copy_local(Path(root), target.path, chosen, on_event, workers, dry_run)
+        return copy_local(origin, target.path, chosen, on_event, workers, dry_run, deep)
     source = local_records(origin.path, origin.snapshot)
     transport = connect(Address(target.scheme, target.location, target.query))
     report = CopyReport(origin.shown, target.shown, dry_run, CopyPlan(), source.snapshot)
@@ -60,10 +69,10 @@ def push_store(
     try:
         for _ in range(_ROUNDS):
             with tempfile.TemporaryDirectory(prefix="rsmtdf-") as folder:
-                push = _Push(source, transport, chosen, Path(folder) / "image", on_event)
+                push = _Push(source, transport, chosen, Path(folder) / "image", on_event, workers, deep)
                 first = first or push.plan
                 report.plan = first
-                if dry_run or push.run(workers, report):
+                if dry_run or push.run(report):
                     break
         else:
             raise ResourceError(f"{target.shown}: other pushes keep changing it; run the same command again")
@@ -80,12 +89,16 @@ class _Push:
     """
 
     def __init__(
-        self, source: Staged, transport: Transport, selection: Selection, image: Path, on_event: EventSink
-    ) -> None:
+        self, source: Staged, transport: Transport, selection: Selection, image: Path, on_event: EventSink,
+        workers: int, deep: bool,
+    ) -> None:  # fmt: skip
+        self.workers, self.deep = workers, deep
         self.source, self.transport, self.on_event = source, transport, on_event
         self.paths, self.shown = StorePaths(image), transport.address.shown
         self.there: set[str] = set()  # immutable files that the remote has for certain
         self.head = read_remote_head(transport)
+        if deep and self.head is not None:
+            self._mend_records(self.head, image / "tmp")
         theirs = stage_records(transport, image, self.head) if self.head is not None else None
         if theirs is not None:
             refuse_other_store(
@@ -93,11 +106,36 @@ class _Push:
             )
         rows = source.manifest.group_rows
         self.plan = plan_copy(source.ledger, rows, selection, theirs.ledger if theirs is not None else None)
+        self.plan.replace_damaged(lambda shards: find_damaged(transport, shards, deep, workers, on_event))
 
-    def run(self, workers: int, report: CopyReport) -> bool:
+    def _mend_records(self, raw: bytes, scratch: Path) -> None:
+        """Put records there again that are damaged or missing, where the head's sha256 is that of one of ours."""
+        replace_file(scratch / "head.json", raw)
+        head = parse_head(read_json(scratch / "head.json"), self.shown)
+        facts = {checked_name(n): f for n, f in head.files.items() if not is_metadata(n)}
+        bad = [n for n, (nbytes, digest) in facts.items() if self.transport.sha256(n, nbytes) != digest]
+        for name in bad:
+            place = safe_place(self.source.paths.root, name)
+            for data in self._records_of(name, place, scratch):
+                if hashlib.sha256(data).hexdigest() == facts[name][1]:
+                    self.transport.put(name, data, absent=False)
+                    self.on_event(Warned(f"{self.shown}: {name} was damaged or missing and is replaced"))
+                    break
+
+    def _records_of(self, name: str, place: Path, scratch: Path) -> Iterator[bytes]:
+        if place.is_file():
+            yield place.read_bytes()
+        for commit in (c for found in self.source.ledger.generations.values() for c in found.values()):
+            if name == self.source.paths.relative(
+                self.source.paths.commit(commit.set_id, commit.group, commit.generation)
+            ):  # folded into a segment here, a file of its own there
+                replace_json(scratch / "commit.json", self.source.ledger.complete(commit).to_json())
+                yield (scratch / "commit.json").read_bytes()
+
+    def run(self, report: CopyReport) -> bool:
         """Return whether the remote's head lists everything now; False when it changed meanwhile."""
         self._begin()
-        self._transfer(workers, report)
+        self._transfer(report)
         ledger = Ledger.load(self.paths)
         if self.plan.undrop & ledger.dropped:
             ledger.undrop(self.plan.undrop)
@@ -122,6 +160,7 @@ class _Push:
                 f"{self.shown}: files of another store, or of a broken push, are there; push to another place"
             ) from None
         refuse_other_store((self.source.manifest, self.source.ledger), (manifest, ledger), self.shown)
+        refuse_double(self.plan.arrays, self.source.ledger, ledger, self.shown)
         if self.plan.drop - ledger.dropped:
             ledger.drop(self.plan.drop)
         if not self.paths.quarantine.is_file() and source.quarantine.is_file():
@@ -139,15 +178,15 @@ class _Push:
         replace_file(place, data)
         self.there.add(name)
 
-    def _transfer(self, workers: int, report: CopyReport) -> None:
+    def _transfer(self, report: CopyReport) -> None:
         task = "push"
         self.on_event(ProgressStart(task, f"pushing to {self.shown}", self.plan.nbytes, unit="bytes"))
 
-        def count(nbytes: int) -> None:
-            report.nbytes_moved += nbytes
-            self.on_event(Progress(task, nbytes, nbytes))
+        def count(nbytes: int, moved: int) -> None:
+            report.nbytes_moved += moved
+            self.on_event(Progress(task, nbytes, moved))
 
-        for _ in run_jobs(((unit, self._job(unit)) for unit in self.plan.units), workers, count):
+        for _ in run_jobs(((unit, self._job(unit)) for unit in self.plan.units), self.workers, count):
             pass
         self.on_event(ProgressEnd(task))
         for note in self.plan.notes[:5]:
@@ -189,9 +228,12 @@ class _Push:
 
     def _send(self, shard: ShardRecord, recorded: bool, replace: bool, count: Counter) -> None:
         place = self.source.paths.root / shard.path
-        size = self.transport.size(shard.path)
-        if size == shard.nbytes and (recorded or self.transport.sha256(shard.path, size) == shard.sha256):
+        size, trusted = self.transport.size(shard.path), recorded and not self.deep
+        if size == shard.nbytes and (trusted or self.transport.sha256(shard.path, size) == shard.sha256):
+            count(shard.nbytes, 0)
             return  # an earlier push, or one beside this, brought it
+        # A record there that says what ours says proves which bytes belong there.
+        replace = replace or recorded
         if size is not None and not replace:
             raise self._other(shard.path)
         if not place.is_file() or sha256_file(place) != shard.sha256:
@@ -202,7 +244,7 @@ class _Push:
         sent = self.transport.put(shard.path, place, absent=not replace)
         if not sent and self.transport.sha256(shard.path, shard.nbytes) != shard.sha256:
             raise self._other(shard.path)
-        count(shard.nbytes)
+        count(shard.nbytes, shard.nbytes)
 
     def _other(self, name: str) -> MismatchError:
         return MismatchError(
@@ -216,7 +258,8 @@ class _Push:
         report.snapshot = new.snapshot
         root = "zarr/zarr.json"  # consolidated: it comes after what it describes
         for name in sorted(new.files, key=lambda n: (n == root, n)):
-            if name not in self.there and old.get(name) != new.files[name]:
+            again = self.deep and is_metadata(name)  # small, and nobody looked at what is there
+            if name not in self.there and (again or old.get(name) != new.files[name]):
                 self.transport.put(name, self.paths.root / name, absent=False)
         data = self.paths.head.read_bytes()
         if read_remote_head(self.transport) != self.head:

@@ -26,13 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError
-from rsmtdf_cache.files import build_lock, disk_errors, make_folders, rename_file
+from rsmtdf_cache.files import build_lock, disk_errors, make_folders, rename_file, sha256_file
+from rsmtdf_cache.head import find_snapshot
 from rsmtdf_cache.home import cache_home
 from rsmtdf_cache.layout import StorePaths
+from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.records import ShardRecord
 from rsmtdf_cache.share.address import Address
-from rsmtdf_cache.share.names import HEAD, checked_name
-from rsmtdf_cache.share.staged import read_remote_head, stage_records
+from rsmtdf_cache.share.names import checked_name
+from rsmtdf_cache.share.staged import is_whole, read_remote_head, stage_records, store_missing
 from rsmtdf_cache.share.transport import Transport, connect
 
 __all__ = ["RemoteMirror", "cache_limit_nbytes", "open_remote", "remote_home"]
@@ -67,17 +69,22 @@ def open_remote(address: Address) -> tuple[Path, RemoteMirror]:
     transport = connect(replace(address, snapshot=None))
     raw = read_remote_head(transport)
     if raw is None:
-        raise MismatchError(f"{address.shown}: no feature store is there (no {HEAD}); check the address")
+        raise store_missing(transport)
     home = remote_home()
     folder = home / address.digest
     root = folder / hashlib.sha256(raw).hexdigest()[:16]
     with disk_errors(home):
         make_folders(folder)
         with build_lock(folder / "open.lock"):
-            if not StorePaths(root).head.is_file():  # the head is written last
+            if not is_whole(root, raw):  # new, not ended (the head is written last), or damaged on this disk since
                 stage_records(transport, root, raw, all_snapshots=True)
             os.utime(root)
             _remove_old(folder, root)
+    if address.snapshot is not None:
+        try:
+            find_snapshot(StorePaths(root), Ledger.load(StorePaths(root)), address.snapshot)
+        except MismatchError as error:
+            raise MismatchError(str(error).replace(str(root), transport.address.shown)) from None
     return root, RemoteMirror(transport, home)
 
 
@@ -116,6 +123,16 @@ class RemoteMirror:
             with disk_errors(self._home):
                 self._fetch(record, shard, limit)
         _link(shard, place)
+
+    def discard(self, record: ShardRecord, place: Path) -> None:
+        """Forget the cached shard at ``place``, whose bytes are not those of ``record``; ``ensure`` fetches it anew."""
+        shard = self._home / "shards" / record.sha256
+        with _flock(self._lock_of(record.sha256)):
+            if shard.is_file() and sha256_file(shard) != record.sha256:  # else another process has mended it
+                shard.unlink()
+            self._touched.pop(shard, None)
+        with contextlib.suppress(FileNotFoundError):
+            place.unlink()
 
     def _use(self, shard: Path) -> bool:
         """Whether the shard is cached; notes that it was used now."""

@@ -7,7 +7,7 @@ unit it has of that set: so the plan is the smallest such rectangle around what 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -57,7 +57,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class Unit:
-    """A commit to copy: the shards to move, and whether the record itself is new there."""
+    """A commit to copy: the shards to move, and whether the record itself is new there.
+
+    Shards of a unit that is not new are of an array that was not there, or replace damaged ones.
+    """
 
     commit: Commit
     shards: tuple[ShardRecord, ...]
@@ -70,12 +73,18 @@ class Unit:
 
 @dataclass
 class CopyPlan:
-    """What a copy does. ``arrays``: set → layers that the target will have of it; ``undrop``: those that it had not."""
+    """What a copy does. ``arrays``: set → layers that the target will have of it; ``undrop``: those that it had not.
+
+    ``held``: the chosen part of what the target's records say is there; ``replaced``: how many shards of it are to be
+    replaced, for they are missing or damaged.
+    """
 
     arrays: dict[str, tuple[str, ...]] = field(default_factory=dict)
     units: list[Unit] = field(default_factory=list)
     drop: set[tuple[str, str]] = field(default_factory=set)
     undrop: set[tuple[str, str]] = field(default_factory=set)
+    held: list[Unit] = field(default_factory=list)
+    replaced: int = 0
     units_before: int = 0
     tiles: int = 0
     tiles_along: int = 0
@@ -89,6 +98,15 @@ class CopyPlan:
     def shards(self) -> int:
         return sum(len(u.shards) for u in self.units)
 
+    def replace_damaged(self, damaged: Callable[[list[ShardRecord]], set[str]]) -> None:
+        """Plan to copy again what ``damaged`` (of shard records, their paths) says is not there as it should be."""
+        found = damaged([shard for unit in self.held for shard in unit.shards])
+        for unit in self.held:
+            shards = tuple(s for s in unit.shards if s.path in found)
+            if shards:
+                self.units.append(replace(unit, shards=shards))
+                self.replaced += len(shards)
+
 
 def plan_copy(source: Ledger, group_rows: int, selection: Selection, target: Ledger | None) -> CopyPlan:
     """Return what to copy from ``source`` so that ``target`` (None: nothing is there yet) holds the selection.
@@ -97,12 +115,16 @@ def plan_copy(source: Ledger, group_rows: int, selection: Selection, target: Led
     """
     rows = selection.rows(source.table)
     groups = None if rows is None else {row // group_rows for row in rows}
-    plan = CopyPlan()
+    plan, taken = CopyPlan(), 0
     for name in sorted(source.sets):
-        chosen = tuple(s.layer.name for s in source.live(name) if selection.takes(s))
-        if chosen:
-            _plan_set(plan, source, target, name, chosen, groups)
-    if not plan.arrays:
+        chosen = [s for s in source.live(name) if selection.takes(s)]
+        taken += len(chosen)
+        layers = [
+            s.layer.name for s in chosen if target is None or not _held_elsewhere(plan, source, target, s, groups)
+        ]
+        if layers:
+            _plan_set(plan, source, target, name, layers, groups)
+    if not taken:
         raise UsageError(_nothing(source, selection))
     _count_tiles(plan, source, rows, groups, group_rows)
     return plan
@@ -127,6 +149,11 @@ def _plan_set(
         there = theirs.get(group)
         if there is not None and there.generation >= commit.generation:
             moved = _missing(plan, commit, there, layers, fresh)
+            if groups is None or group in groups:
+                known_shards = tuple(
+                    s for s in commit.shards if s.layer in set(chosen) - fresh and there.shard(s.layer)
+                )
+                plan.held.append(Unit(commit, known_shards, is_new=False))
             if not moved:
                 plan.units_before += 1
                 continue
@@ -147,6 +174,32 @@ def _plan_set(
         )
 
 
+def _held_elsewhere(plan: CopyPlan, source: Ledger, target: Ledger, spec: FeatureSpec, groups: set[int] | None) -> bool:
+    """Whether the target has the array in a set of other layers, which is as good when every chosen row is there.
+
+    Raises ``MismatchError`` when something would have to be copied: a unit belongs to one set.
+    """
+    if spec.key not in target.specs() or target.set_of(spec.key) == source.set_of(spec.key):
+        return False
+    theirs = target.commits[target.set_of(spec.key)]
+    for group, commit in sorted(source.commits[source.set_of(spec.key)].items()):
+        shard = commit.shard(spec.layer.name)
+        if shard is None or (groups is not None and group not in groups):
+            continue
+        there = theirs[group].shard(spec.layer.name) if group in theirs else None
+        if there is None or theirs[group].stop < commit.stop:
+            raise MismatchError(
+                f"{spec.key}: the target built it together with other layers than the source, and lacks its row group "
+                f"{group}; nothing was written. Unite the two with `rsmtdf cache merge`, or choose another place"
+            )
+        if theirs[group].stop == commit.stop:  # else the target has grown since
+            if there.sha256 != shard.sha256:
+                raise _other_bytes(shard.path)
+            plan.held.append(Unit(commit, (shard,), is_new=False))
+        plan.units_before += 1
+    return True
+
+
 def _missing(
     plan: CopyPlan, commit: Commit, there: Commit, layers: set[str], fresh: set[str]
 ) -> tuple[ShardRecord, ...]:
@@ -159,13 +212,17 @@ def _missing(
         if other is None:
             plan.notes.append(f"{shard.path}: the target has this unit without the layer {shard.layer}; left out")
         elif (other.path, other.nbytes, other.sha256) != (shard.path, shard.nbytes, shard.sha256):
-            raise MismatchError(
-                f"{shard.path}: the target has other bytes for it (built or repaired elsewhere); nothing was "
-                "overwritten; choose another place"
-            )
+            raise _other_bytes(shard.path)
         elif shard.layer in fresh:
             moved.append(shard)
     return tuple(moved)
+
+
+def _other_bytes(path: str) -> MismatchError:
+    return MismatchError(
+        f"{path}: the target has other bytes for it (built or repaired elsewhere); nothing was overwritten; choose "
+        "another place"
+    )
 
 
 def _count_tiles(

@@ -14,7 +14,7 @@ from pathlib import Path
 from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError, ResourceError
 from rsmtdf_cache.files import RECORD_NBYTES_MAX, make_folders, read_json, replace_file, sha256_file
-from rsmtdf_cache.head import Head, find_snapshot, read_head
+from rsmtdf_cache.head import Head, find_snapshot, load_whole, read_head
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest, load_manifest
@@ -22,7 +22,7 @@ from rsmtdf_cache.share.checks import check_ledger
 from rsmtdf_cache.share.names import HEAD, MANIFEST, checked_name, is_metadata, is_shard, safe_place
 from rsmtdf_cache.share.transport import Transport
 
-__all__ = ["Staged", "local_records", "read_remote_head", "stage_records"]
+__all__ = ["Staged", "is_whole", "local_records", "read_remote_head", "stage_records", "store_missing"]
 
 #: Bounds on what a remote may announce. A manifest has a few hundred bytes, a head 150 bytes a file.
 MANIFEST_NBYTES_MAX, HEAD_NBYTES_MAX, FILES_MAX = 2**20, 64 * 2**20, 2**19
@@ -41,19 +41,68 @@ class Staged:
     ledger: Ledger
     snapshot: str
 
+    def unfinished(self, shown: str) -> str:
+        """Return a warning when no row group is listed, else an empty text. ``shown``: how to call the store."""
+        if any(self.ledger.commits.values()):
+            return ""
+        return f"{shown}: its last build or push has not ended: no row group is listed yet, so no feature comes"
+
 
 def local_records(root: Path, snapshot: str | None = None) -> Staged:
-    """Return the records of a store on this disk, where they lie. Raises what opening a store raises."""
+    """Return the records of a store on this disk, where they lie. Raises what opening a store raises.
+
+    What is committed counts, also while a build runs or after it was stopped.
+    """
     paths = StorePaths(root)
-    manifest, ledger = load_manifest(paths), Ledger.load(paths)
+    manifest, ledger = load_manifest(paths), load_whole(paths)
+    check_ledger(manifest, ledger, str(root))
     if snapshot is not None:
         ledger = find_snapshot(paths, ledger, snapshot)
     return Staged(paths, manifest, ledger, ledger.snapshot())
 
 
 def read_remote_head(transport: Transport) -> bytes | None:
-    """Return ``ledger/head.json`` as it is there now, None when there is none."""
-    return transport.get(HEAD, HEAD_NBYTES_MAX)
+    """Return ``ledger/head.json`` as it is there now, None when there is none.
+
+    Raises ``MismatchError`` when a web page comes instead.
+    """
+    raw = transport.get(HEAD, HEAD_NBYTES_MAX)
+    if raw is not None and raw[:256].lstrip()[:1] == b"<":
+        raise MismatchError(
+            f"{transport.address.shown}: no feature store is there (the server sends a web page for {HEAD}); check the "
+            "address, and whether the server asks to log in"
+        )
+    return raw
+
+
+def store_missing(transport: Transport) -> MismatchError:
+    """Return what to raise where no head is, with as much of the reason as can be told."""
+    shown = transport.address.shown
+    if transport.bucket_missing:
+        return MismatchError(f"{shown}: no feature store is there: the bucket does not exist; check the address")
+    if transport.get(MANIFEST, MANIFEST_NBYTES_MAX) is not None:
+        return MismatchError(
+            f"{shown}: no feature store is there yet: a build or push has begun ({MANIFEST} is there) and has not "
+            f"ended (no {HEAD}); run it again, it continues"
+        )
+    return MismatchError(f"{shown}: no feature store is there (no {HEAD}); check the address")
+
+
+def is_whole(root: Path, raw: bytes) -> bool:
+    """Whether the records that ``stage_records`` brought to ``root`` for the head ``raw`` are still as it left them."""
+    try:
+        paths = StorePaths(root)
+        if paths.head.read_bytes() != raw or (paths.dropped.is_file() and not read_json(paths.dropped)):
+            return False
+        for name, (nbytes, digest) in read_head(paths).files.items():
+            if is_metadata(name) or name in (_QUARANTINE, _DROPPED):
+                continue
+            place = root / checked_name(name)
+            if place.stat().st_size != nbytes or sha256_file(place) != digest:
+                return False
+    except (OSError, FindingsError):
+        return False
+    return True
 
 
 def stage_records(transport: Transport, root: Path, raw: bytes | None = None, all_snapshots: bool = False) -> Staged:
@@ -68,9 +117,7 @@ def stage_records(transport: Transport, root: Path, raw: bytes | None = None, al
     for attempt in range(_TRIES):
         raw = raw if raw is not None else read_remote_head(transport)
         if raw is None:
-            raise MismatchError(
-                f"{shown}: no feature store is there (no {HEAD}), or its push has not ended yet; check the address"
-            )
+            raise store_missing(transport)
         try:
             return _stage(transport, root, raw, all_snapshots)
         except (FindingsError, MismatchError) as error:

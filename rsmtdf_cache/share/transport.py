@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,6 +52,7 @@ class Transport:
 
     def __init__(self, address: Address, backend: Backend) -> None:
         self.address = address
+        self.bucket_missing = False  # a server said so
         self._backend = backend
         for name in ("fsspec", "fsspec.http", "fsspec.asyn", "s3fs", "gcsfs"):
             logging.getLogger(name).addFilter(_redact_log)
@@ -81,9 +84,19 @@ class Transport:
 
         return self._repeat(name, ask)
 
-    def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return self.size(name) is not None
+    def sizes(self, names: Sequence[str], folder: str) -> dict[str, int]:
+        """Return the bytes of those files of ``names``, all below ``folder``, that are there.
+
+        One listing where folders can be listed, else one request a file, several at once.
+        """
+        if not names:
+            return {}
+        found = self._repeat(folder, lambda: self._call(folder, lambda: self._backend.listing(folder)))
+        if found is not None:
+            return {name: found[name] for name in names if name in found}
+        with ThreadPoolExecutor(8) as pool:
+            asked = zip(names, pool.map(self.size, names), strict=True)
+            return {name: size for name, size in asked if size is not None}
 
     def fetch(self, name: str, draft: Path, nbytes: int, sha256: str, on_bytes: Callable[[int], None]) -> None:
         """Bring a file of known size and hash to ``draft``, which is durable then; go on with what ``draft`` has.
@@ -99,8 +112,7 @@ class Transport:
             draft.unlink()
             on_bytes(-nbytes)
         raise FindingsError(
-            f"{self.address.shown}: the bytes of {name} are not those of its record (sha256 differs); the remote store "
-            "is damaged: run `rsmtdf cache verify --deep` where it came from and push it again"
+            f"{self.address.shown}: the bytes of {name} are not those of its record (sha256 differs); {self._remedy()}"
         )
 
     def sha256(self, name: str, nbytes: int) -> str | None:
@@ -146,16 +158,22 @@ class Transport:
                         on_bytes(len(block))
             except FileNotFoundError:
                 raise FindingsError(
-                    f"{self.address.shown}: {name} is named by a record and is not there; the remote store is "
-                    "incomplete, or changes right now: try again later"
+                    f"{self.address.shown}: {name} is named by a record and is not there; {self._remedy()}"
                 ) from None
             finally:
                 fsync_file(file, draft)
         if have != nbytes:
             raise FindingsError(
-                f"{self.address.shown}: {name} has {have} bytes, its record says {nbytes}; the remote store is "
-                "damaged, or its files are of another store"
+                f"{self.address.shown}: {name} has {have} bytes, its record says {nbytes}; {self._remedy()}"
             )
+
+    def _remedy(self) -> str:
+        if self.address.is_local:
+            return "the store is damaged: run `rsmtdf cache verify --deep --repair` on it"
+        return (
+            "the remote store is damaged, or changes right now: try again, and heal it with `rsmtdf cache push --deep` "
+            "from where it was built"
+        )
 
     def _blocks(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes ``[start, stop)`` of a file as far as there are any, across lost connections."""
@@ -211,6 +229,8 @@ class Transport:
         if isinstance(error, RsmtdfError):
             return error
         if isinstance(error, FileNotFoundError) or status in (404, 410):
+            if re.search(r"bucket\b.*\b(not exist|not found)", str(error), re.IGNORECASE):
+                self.bucket_missing = True
             return FileNotFoundError(errno.ENOENT, "no such file", name)
         text = self.address.redact(f"{type(error).__name__}: {error}").replace("\n", " ")[:300]
         where = f"{self.address.shown}: {name}"

@@ -27,6 +27,7 @@ from rsmtdf_cache.share.catalogue import (
 from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cli.app import app
 from tests.datasets import write_dataset
+from tests.servers import web_folder
 from tests.teachers import load_mean_teacher
 
 
@@ -56,7 +57,8 @@ def test_what_is_registered_is_listed_until_it_is_forgotten_and_the_store_stays(
     assert (row["tiles"], row["snapshot"]) == (4, store.snapshot) and row["nbytes"] > 0
     assert [(r["recipe"], r["snapshot"]) for r in row["runs"]] == [("r[1]", "f" * 64)]
     shown = CliRunner().invoke(app, ["cache", "list"], env={"COLUMNS": "250"})
-    assert shown.exit_code == 0 and store.snapshot[:12] in shown.stdout and "r[1]" in shown.stdout
+    assert shown.exit_code == 0 and store.snapshot[:12] in shown.stdout
+    assert "1, last run" in shown.stdout and "4 of 4" in shown.stdout and row["complete"] == 4
     assert CliRunner().invoke(app, ["cache", "forget", str(built)]).exit_code == 0
     assert registered_stores() == [] and FeatureStore.open(built).snapshot == store.snapshot
     again = CliRunner().invoke(app, ["cache", "forget", str(built)])
@@ -86,6 +88,8 @@ def test_missing_and_unreadable_stores_are_shown_with_the_reason(built: Path, tm
     assert "manifest.json" in rows["[b]bad"]["reason"]
     shown = CliRunner().invoke(app, ["cache", "list"], env={"COLUMNS": "250"})
     assert shown.exit_code == 0 and "missing" in shown.stdout and "[b]bad" in shown.stdout
+    assert f"missing: {gone}: the folder does not exist; `rsmtdf cache forget {gone}` takes it out" in shown.stderr
+    assert f"unreadable: {bad}: " in shown.stderr and rows["[b]bad"]["reason"] not in shown.stdout
     as_json = CliRunner().invoke(app, ["cache", "list", "--json"])
     assert {s["status"] for s in json.loads(as_json.stdout)["stores"]} == {"missing", "unreadable"}
 
@@ -108,7 +112,44 @@ def test_a_catalogue_that_cannot_be_written_warns_and_fails_nothing(built: Path,
     register_store(built, on_event=seen.append)
     register_run(built / "run", built, None, "r", on_event=seen.append)
     assert [type(e) for e in seen] == [Warned, Warned]
-    assert registered_stores() == [] and registered_runs() == []
+    assert all("RSMTDF_HOME is " in e.text and str(home) in e.text for e in seen if isinstance(e, Warned))
+    assert registered_stores(seen.append) == [] and registered_runs(seen.append) == [] and len(seen) == 4
+    for words in (["list"], ["list", "--json"], ["register", str(built)], ["forget", str(built)]):
+        shown = CliRunner().invoke(app, ["cache", *words])
+        assert shown.exit_code == 6 and "RSMTDF_HOME is " in shown.stderr and shown.stdout == ""
+
+
+def test_a_store_that_was_moved_is_registered_as_it_is(built: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(built, tmp_path / "moved"))
+    data = built.parent / "data"
+    for words in (["moved"], [f"file://{store}"], [str(store), "--data", str(data)]):
+        text = [word if word != "moved" else str(store) for word in words]
+        assert CliRunner().invoke(app, ["cache", "register", *text]).exit_code == 0
+    [entry] = registered_stores()
+    assert (entry.path, entry.dataset, entry.data) == (str(store.resolve()), "tiny", str(data.resolve()))
+    assert forget_store(f"file://{store}")
+
+
+def test_a_store_at_a_url_is_registered_with_the_name_of_its_dataset(built: Path) -> None:
+    with web_folder(built.parent) as server:
+        assert CliRunner().invoke(app, ["cache", "register", f"{server.url}/store"]).exit_code == 0
+        [row] = describe_stores()
+    assert (row["path"], row["dataset"], row["status"]) == (f"{server.url}/store", "tiny", "ok")
+
+
+@pytest.mark.parametrize(("words", "code"), [(["{}/nothing"], None), (["{}/store@0123456789"], 2), (["{}/data"], None),
+                                             (["{}/store", "--data", "{}/nothing"], 3)])  # fmt: skip
+def test_what_is_no_store_or_no_dataset_is_not_registered(built: Path, words: list[str], code: int | None) -> None:
+    shown = CliRunner().invoke(app, ["cache", "register", *(w.format(built.parent) for w in words)])
+    assert shown.exit_code == code or (code is None and shown.exit_code > 1)
+    assert registered_stores() == []
+
+
+def test_quiet_listing_and_info_print_nothing(built: Path) -> None:
+    register_store(built)
+    for words in (["list"], ["info", str(built)]):
+        assert CliRunner().invoke(app, ["cache", *words, "-q"]).output == ""
+        assert CliRunner().invoke(app, ["cache", *words, "-q", "--json"]).stdout.startswith("{")
 
 
 def _register_many(names: list[str]) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from rsmtdf_cache.build import build_store
 from rsmtdf_cache.errors import FindingsError, Interrupted, MismatchError, ResourceError, UsageError
-from rsmtdf_cache.events import Event, Progress, ProgressStart
+from rsmtdf_cache.events import Event, Progress, ProgressStart, Warned
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.share import transport
@@ -464,6 +464,215 @@ def test_a_pulled_store_is_built_further_like_any_other(
     assert StorePaths(copy).head.is_file()
 
 
+# -- what is damaged at the target, and what cannot be copied
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[10] ^= 1
+    path.write_bytes(data)
+
+
+def damage_bucket(endpoint: str, copy: Path, damage: str) -> None:
+    """Delete, cut or flip one shard of the store pushed to ``s3://bucket/store``."""
+    import boto3
+
+    client, name = boto3.client("s3", endpoint_url=endpoint), sorted(shards(copy))[2]
+    data = bytearray(shards(copy)[name])
+    if damage == "deleted":
+        client.delete_object(Bucket="bucket", Key=f"store/{name}")
+        return
+    data[10] ^= 1
+    client.put_object(Bucket="bucket", Key=f"store/{name}", Body=bytes(data[:-1] if damage == "cut" else data))
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut", "flipped"])
+def test_a_damaged_published_store_is_healed_by_pushing_again(
+    store: Path, bucket: str, tmp_path: Path, damage: str
+) -> None:
+    push_store(store, "s3://bucket/store")
+    damage_bucket(bucket, store, damage)
+    with pytest.raises(FindingsError, match="push --deep"):
+        pull_store("s3://bucket/store", tmp_path / "copy")
+    planned = push_store(store, "s3://bucket/store", deep=True, dry_run=True)
+    assert planned.plan.replaced == 1
+    assert push_store(store, "s3://bucket/store", deep=damage == "flipped").plan.shards == 1
+    assert push_store(store, "s3://bucket/store", deep=True).plan.shards == 0
+    pull_store("s3://bucket/store", tmp_path / "copy")
+    assert equal(store, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("kind", ["manifest.json", "ledger/commits/", "ledger/tiles/", "ledger/sets/"])
+def test_a_damaged_record_of_a_published_store_is_healed_by_a_deep_push(
+    store: Path, bucket: str, tmp_path: Path, kind: str
+) -> None:
+    import boto3
+
+    push_store(store, "s3://bucket/store")
+    client = boto3.client("s3", endpoint_url=bucket)
+    found = client.list_objects_v2(Bucket="bucket", Prefix=f"store/{kind}")["Contents"]
+    client.put_object(Bucket="bucket", Key=found[0]["Key"], Body=b"x" * found[0]["Size"])
+    with pytest.raises((FindingsError, MismatchError)):
+        pull_store("s3://bucket/store", tmp_path / "copy")
+    push_store(store, "s3://bucket/store", deep=True)
+    pull_store("s3://bucket/store", tmp_path / "copy")
+    assert equal(store, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("by", ["push", "pull"])
+def test_a_damaged_copy_in_a_folder_is_healed_by_copying_again(
+    store: Path, web: WebFolder, tmp_path: Path, by: str
+) -> None:
+    copy = tmp_path / "copy"
+
+    def again(deep: bool = False) -> int:
+        report = push_store(store, str(copy), deep=deep) if by == "push" else pull_store(web.url, copy, deep=deep)
+        return report.plan.replaced
+
+    again()
+    first, second, third = (copy / name for name in sorted(shards(copy))[:3])
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    flip(third)
+    assert (again(), again(), again(deep=True), again(deep=True)) == (2, 0, 1, 0)
+    assert equal(store, copy)
+    assert verify_store(copy, deep=True) == []
+
+
+def test_a_bucket_that_may_not_be_listed_is_asked_file_by_file(store: Path, bucket: str, monkeypatch: Any) -> None:
+    from rsmtdf_cache.share.backends import Backend, _Objects
+
+    push_store(store, "s3://bucket/store")
+    damage_bucket(bucket, store, "deleted")
+    monkeypatch.setattr(_Objects, "listing", Backend.listing)
+    assert push_store(store, "s3://bucket/store").plan.replaced == 1
+
+
+def test_a_push_of_a_damaged_store_to_a_folder_leaves_no_store_there(store: Path, tmp_path: Path) -> None:
+    damaged, target = tmp_path / "damaged", tmp_path / "new" / "target"
+    shutil.copytree(store, damaged)
+    flip(damaged / sorted(shards(damaged))[-1])
+    with pytest.raises(FindingsError, match=r"damaged/zarr.*nothing was copied.*verify --deep --repair"):
+        push_store(damaged, str(target))
+    assert not target.parent.exists()
+
+
+def test_a_stopped_build_is_pulled_from_a_folder_as_far_as_it_came(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    build(data, out)
+    paths = StorePaths(out)
+    paths.head.unlink()  # as after a kill
+    for commit in sorted(paths.ledger.glob("commits/*/*.json"))[:3]:
+        commit.unlink()
+    pull_store(str(out), tmp_path / "copy")
+    assert equal(out, tmp_path / "copy")
+    assert len(FeatureStore.open(tmp_path / "copy").keys()) > 0
+    with web_folder(out) as served, pytest.raises(MismatchError, match="has not ended"):
+        pull_store(served.url, tmp_path / "other")
+
+
+def test_a_store_that_lists_no_row_group_is_told_of(store: Path, tmp_path: Path) -> None:
+    from rsmtdf_cache.head import write_head
+    from rsmtdf_cache.ledger import Ledger
+    from rsmtdf_cache.manifest import load_manifest
+
+    empty, events = tmp_path / "empty", list[Event]()
+    shutil.copytree(store, empty)
+    paths = StorePaths(empty)
+    shutil.rmtree(paths.ledger / "commits")
+    write_head(paths, load_manifest(paths), Ledger.load(paths))
+    with web_folder(empty) as served:
+        pull_store(served.url, tmp_path / "copy", on_event=events.append)
+    assert any("no row group is listed" in e.text for e in events if isinstance(e, Warned))
+
+
+def test_arrays_that_were_built_here_in_another_grouping_are_not_copied_again(
+    data: Path, store: Path, web: WebFolder, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    pull_store(web.url, copy, Selection(layers=("mean8",)))
+    build(data, copy)
+    assert equal(store, copy)
+    assert pull_store(web.url, copy).plan.shards == 0
+    assert push_store(copy, str(tmp_path / "other")).plan.shards == 16
+    assert push_store(store, str(tmp_path / "other")).plan.shards == 0
+
+
+def test_arrays_of_another_grouping_that_lack_tiles_are_refused_with_the_way_out(
+    data: Path, store: Path, web: WebFolder, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    pull_store(web.url, copy, Selection(layers=("mean8",)))
+    build(data, copy)
+    for commit in StorePaths(copy).ledger.glob("commits/*/00000003.json"):
+        commit.unlink()
+    StorePaths(copy).head.unlink()
+    with pytest.raises(MismatchError, match=r"row group 3.*rsmtdf cache merge"):
+        pull_store(web.url, copy)
+
+
+def test_stores_of_other_weights_are_not_said_to_be_mergeable(data: Path, web: WebFolder, tmp_path: Path) -> None:
+    build(data, tmp_path / "other", teachers=["mean,seed=3"])
+    with pytest.raises(MismatchError) as caught:
+        pull_store(web.url, tmp_path / "other")
+    assert "is another store" in str(caught.value) and "merge" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["snapshot", "inside", "web"])
+def test_a_place_that_a_push_cannot_go_to_is_refused_at_once(store: Path, tmp_path: Path, target: str) -> None:
+    url = {"snapshot": f"{tmp_path}/b@0123abcd", "inside": f"{store}/sub", "web": "https://host.invalid/x"}[target]
+    for dry_run in (True, False):
+        with pytest.raises(UsageError):
+            push_store(store, url, dry_run=dry_run)
+    assert not list(tmp_path.iterdir()) and not (store / "sub").exists()
+
+
+@pytest.mark.parametrize("why", ["no store", "unknown teacher", "nothing answers"])
+def test_a_pull_that_fails_before_anything_came_leaves_no_folder(web: WebFolder, tmp_path: Path, why: str) -> None:
+    web.status = 503 if why == "nothing answers" else 0
+    url = web.url + "/elsewhere" if why == "no store" else web.url
+    with pytest.raises((MismatchError, UsageError, ResourceError)):
+        pull_store(url, tmp_path / "new" / "copy", Selection(teachers=("nobody",)))
+    assert not (tmp_path / "new").exists()
+
+
+def test_progress_reaches_its_end_after_a_resume(store: Path, web: WebFolder, tmp_path: Path) -> None:
+    copy, events = tmp_path / "copy", list[Event]()
+    web.cut_on, web.cut_after, web.cuts_left = "features/c/", 700, 10**6
+    web.stubborn = True
+    with pytest.raises(ResourceError):
+        pull_store(web.url, copy, workers=1)
+    web.cuts_left, web.stubborn = 0, False
+    report = pull_store(web.url, copy, workers=1, on_event=events.append)
+    assert sum(e.advance for e in events if isinstance(e, Progress)) == report.plan.nbytes
+    assert sum(e.nbytes for e in events if isinstance(e, Progress)) == report.nbytes_moved < report.plan.nbytes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("pull", "STORE", "s3://bucket/x"),
+        ("pull", "STORE", "https://someone:hunter2hunter2@host/x"),
+        ("merge", "STORE", "STORE", "--out", "https://someone:hunter2hunter2@host/x"),
+        ("build", "data", "--teacher", "mean", "--out", "s3://bucket/x"),
+    ],
+)
+def test_a_url_where_a_folder_belongs_is_a_usage_error(store: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    code = "from rsmtdf_cli.app import main; main()"
+    words = [str(store) if word == "STORE" else word for word in arguments]
+    command = [sys.executable, "-c", code, "cache", *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 2 and "is remote" in done.stderr
+    assert "hunter2" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_file_url_names_a_folder(store: Path, tmp_path: Path) -> None:
+    assert rsmtdf("cache", "pull", str(store), f"file://{tmp_path}/copy", "-q").returncode == 0
+    assert equal(store, tmp_path / "copy")
+
+
 def rsmtdf(*arguments: str) -> subprocess.CompletedProcess[str]:
     code = "from rsmtdf_cli.app import main; main()"
     command = [sys.executable, "-c", code, *arguments]
@@ -479,7 +688,7 @@ def test_the_commands_push_and_pull(store: Path, bucket: str, tmp_path: Path) ->
     assert json.loads(planned.stdout)["shards"] == 8
     pulled = rsmtdf("cache", "pull", "s3://bucket/store", copy, "--workers", "2")
     assert pulled.returncode == 0, pulled.stderr
-    assert "copied" in pulled.stdout and "bytes" in pulled.stderr
+    assert "copied 16 shards" in pulled.stdout and " kB of " in pulled.stderr
     assert equal(store, tmp_path / "copy")
     assert rsmtdf("cache", "pull", "s3://bucket/other", copy).returncode == 4
     assert rsmtdf("cache", "pull", "s3://bucket/store", copy, "--layer", "nix").returncode == 2

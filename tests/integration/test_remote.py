@@ -246,6 +246,49 @@ def test_a_flipped_bit_in_the_remote_is_refused_and_not_kept(served: WebFolder) 
     assert not list((remote_home() / "shards").iterdir())
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied"])
+def test_a_shard_damaged_in_the_cache_is_fetched_again(store: Path, served: WebFolder, damage: str) -> None:
+    values(FeatureStore.open(served.url))
+    for path in (remote_home() / "shards").iterdir():
+        data = bytearray(path.read_bytes())
+        data[3] ^= 16
+        path.chmod(0o644)
+        path.write_bytes(bytes({"flipped": data, "cut": data[:-5], "emptied": data[:0]}[damage]))
+    served.requests.clear()
+    assert same(FeatureStore.open(served.url), FeatureStore.open(store))
+    assert set(shard_requests(served).values()) == {1}
+
+
+@pytest.mark.parametrize("pattern", ["manifest.json", "ledger/tiles/*.parquet", "ledger/commits/*/*.json"])
+@pytest.mark.parametrize("damage", ["flipped", "deleted"])
+def test_a_record_damaged_in_the_mirror_is_fetched_again(
+    store: Path, served: WebFolder, pattern: str, damage: str
+) -> None:
+    mirror = FeatureStore.open(served.url).path
+    record = sorted(mirror.glob(pattern))[0]
+    data = bytearray(record.read_bytes())
+    data[len(data) // 2] ^= 1
+    record.unlink() if damage == "deleted" else record.write_bytes(data)
+    assert same(FeatureStore.open(served.url), FeatureStore.open(store))
+
+
+def test_an_unknown_snapshot_is_told_of_with_the_url(served: WebFolder) -> None:
+    with pytest.raises(MismatchError) as caught:
+        FeatureStore.open(f"{served.url}@{'a' * 8}")
+    assert f"{served.url}@aaaaaaaa" in str(caught.value) and str(remote_home()) not in str(caught.value)
+
+
+def test_a_web_page_for_everything_is_no_store(served: WebFolder) -> None:
+    served.page = b"<!DOCTYPE html><title>log in</title>"
+    with pytest.raises(MismatchError, match=r"no feature store is there .*web page"):
+        FeatureStore.open(served.url)
+
+
+def test_a_missing_bucket_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server(monkeypatch), pytest.raises(MismatchError, match="the bucket does not exist"):
+        FeatureStore.open("s3://not-there/store")
+
+
 def test_the_draft_of_a_killed_process_does_not_hold_the_cache(
     store: Path, served: WebFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

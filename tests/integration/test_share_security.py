@@ -417,6 +417,38 @@ def test_addresses_are_parsed_and_shown(text: str, shown: str, snapshot: str | N
     assert (address.shown, address.snapshot) == (shown, snapshot)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"s3://AKIA:ab/{SECRETS[0]}+ef1@bucket/x",
+        f"s3://AKIA:pa'{SECRETS[0]}@bucket/x",
+        f"s3://AKIA:pa {SECRETS[0]}@bucket/x",
+        f"simplecache::https://user:pa'{SECRETS[0]}@host/x",
+        f"http://user:pa'{SECRETS[0]}@127.0.0.1:9/x",
+        f"https://to'{SECRETS[0]}@127.0.0.1:9/x#y",
+    ],
+)
+def test_a_password_of_any_letters_is_not_shown(url: str, tmp_path: Path) -> None:
+    with pytest.raises(RsmtdfError) as caught:
+        pull_store(url, tmp_path / "copy")
+    assert clean(_trace(caught.value))
+    assert clean(redact(f"while reading {url}: it failed"))
+    for command in ("forget", "info"):
+        code = "import sys; from rsmtdf_cache.share import transport; transport.PAUSE_S = 0.01\n"
+        code += f"sys.argv = ['rsmtdf', 'cache', {command!r}, {url!r}]\nfrom rsmtdf_cli.app import main\nmain()\n"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode in (2, 4, 6)
+        assert clean(done.stdout + done.stderr)
+
+
+def test_a_hash_sign_belongs_to_the_name_of_an_object() -> None:
+    first, second = Address.parse("s3://bucket/set#1"), Address.parse("s3://bucket/set")
+    assert first.shown == first.url("x").removesuffix("/x") == "s3://bucket/set#1"
+    assert first.digest != second.digest
+    with pytest.raises(UsageError, match="fragment"):
+        Address.parse("https://host/set#1")
+
+
 def test_a_folder_whose_name_ends_like_a_snapshot_is_the_folder(tmp_path: Path) -> None:
     (tmp_path / "store@0123abcd").mkdir()
     assert Address.parse(tmp_path / "store@0123abcd").snapshot is None

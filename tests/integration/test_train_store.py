@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ import yaml
 from typer.testing import CliRunner
 
 from rsmtdf_cache.build import build_store
-from rsmtdf_cache.errors import MismatchError, UsageError
+from rsmtdf_cache.errors import Interrupted, MismatchError, ResourceError, UsageError
+from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.share.catalogue import register_store, registered_runs, registered_stores
 from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.store import FeatureStore
+from rsmtdf_cache.teachers.base import TeacherRequest
 from rsmtdf_cli.app import app
+from rsmtdf_cli.console import command
 from rsmtdf_train.find_store import build_command, find_store
 from rsmtdf_train.jobs import TrainingJob, run_jobs
 from rsmtdf_train.loop import train
@@ -29,7 +34,7 @@ from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.run_store import read_run_store
 from tests.datasets import write_dataset
 from tests.servers import web_folder
-from tests.teachers import load_mean_teacher
+from tests.teachers import MeanTeacher, load_mean_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +53,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("fit") / "data", tiles=9, tile_px=64)
 
 
-def build(data: Path, out: Path, **values: Any) -> Path:
+def build(data: Path, out: Path, on_event: EventSink = ignore_events, **values: Any) -> Path:
     asked = {"data": data, "out": out, "teachers": ["mean"], "scales": [1.0], "group_rows": 2, "threads": 1}
-    build_store(BuildRequest.of(asked | values), load_teacher=load_mean_teacher)
+    build_store(BuildRequest.of(asked | values), on_event, load_teacher=load_mean_teacher)
     return out
+
+
+def while_built(data: Path, out: Path, act: Callable[[], None]) -> Path:
+    """Build, and call ``act`` once when two of the three units are committed."""
+    done: list[bool] = []
+
+    def watch(event: object) -> None:
+        if not done and len(list((out / "ledger" / "commits").rglob("*.json"))) == 2:
+            done.append(True)
+            act()
+
+    return build(data, out, watch)
 
 
 def digests_of(store: Path) -> dict[str, str]:
@@ -132,13 +149,17 @@ def test_when_none_fits_each_store_gets_its_reason(data: Path, store: Path, tmp_
     for name, reason in said.items():
         [line] = [line for line in text.splitlines() if line.strip().startswith(f"{tiles[name]}:")]
         assert reason in line
-    assert "none of the 6 registered stores fits" in text and "rsmtdf cache build" in text
+    assert "none of the 6 registered stores fits" in text
 
 
-def test_a_store_that_is_not_complete_is_not_offered(data: Path, store: Path) -> None:
-    register_store(store)
-    commit = sorted((store / "ledger" / "commits").rglob("*.json"))[-1]
-    commit.unlink()
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_store_that_is_not_complete_is_not_offered(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        while_built(data, tmp_path / "store", stop)
+    register_store(tmp_path / "store")
     with pytest.raises(UsageError, match=r"lacks 2 of 6 train tiles \(t004, t005\)"):
         find_store(recipe(data))
 
@@ -171,6 +192,145 @@ def test_the_command_names_teachers_layers_and_scales_of_the_recipe(data: Path, 
     assert command(teachers=[lite], distill={"keys": ["*"]}) == [lite]
     assert command(distill={"keys": ["timm-lcnet_050/s*/stage4"]}) == ["timm:lcnet_050,layers=stage4"]
     with pytest.raises(UsageError, match=r"section `teachers`.*\n.*--teacher NAME"):
+        find_store(recipe(data))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"teachers": ["efficientnet_lit0"]}, "'efficientnet_lit0'. Did you mean 'efficientnet_lite0'"),
+        ({"teachers": ["timm:test_resnett"]}, "'timm:test_resnett'. Did you mean 'timm:test_resnet'"),
+        ({"distill": {"keys": ["dinov2_vits/s64/block11"]}}, "'dinov2_vits'. Did you mean 'dinov2_vits14'"),
+    ],
+)
+def test_an_unknown_teacher_gives_its_likely_name_instead_of_a_command_that_fails(
+    data: Path, changes: dict[str, object], said: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_store(recipe(data, **changes))
+    assert f"names the unknown teacher {said}" in str(caught.value) and "rsmtdf cache build" not in str(caught.value)
+
+
+# -- weights
+
+
+def with_weights(store: Path, copy: Path, origin: str) -> Path:
+    """Build a store like ``store`` whose teacher says that its weights came from ``origin``."""
+
+    def load(request: TeacherRequest, device: str = "cpu") -> MeanTeacher:
+        teacher = MeanTeacher(request.name)
+        teacher.spec = teacher.spec.model_copy(update={"weights_origin": origin})
+        return teacher
+
+    data = store.parent / "data"
+    asked = {"data": data, "out": copy, "teachers": ["mean"], "scales": [1.0], "threads": 1}
+    build_store(BuildRequest.of(asked), load_teacher=load)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("origin", "asked", "fits"),
+    [
+        ("seed 1", "mean,pretrained=none,seed=1", "yes"),
+        ("seed 1", "mean,pretrained=none,seed=2", "no"),
+        ("seed 1", "mean,pretrained=none,seed=11", "no"),
+        ("package p", "mean,pretrained=none,seed=9", "no"),
+        ("file a.pt", "mean,pretrained=none", "no"),
+        ("package p", "mean", "yes"),
+        ("seed 0", "mean", "no"),
+        ("file a.pt", "mean", "unsaid"),
+        ("file a.pt", "mean,weights=/x/a.pt", "yes"),
+        ("file a.pt", "mean,weights=/x/b.pt", "unsaid"),
+        ("package p", "mean,weights=/x/a.pt", "unsaid"),
+        ("seed 0", "mean,weights=/x/a.pt", "no"),
+    ],
+)
+def test_a_store_fits_when_its_teacher_has_the_recorded_weights_the_recipe_asks_for(
+    built: Path, data: Path, tmp_path: Path, origin: str, asked: str, fits: str
+) -> None:
+    register_store(with_weights(built, tmp_path / "s", origin))
+    chosen = recipe(data, teachers=[asked])
+    if fits == "no":
+        with pytest.raises(UsageError, match=f"its teacher mean has the weights '{origin}', the recipe asks for"):
+            find_store(chosen)
+    else:
+        notes = find_store(chosen).notes
+        assert len(notes) == (fits == "unsaid") and all(f"'{origin}'" in note for note in notes)
+
+
+def cli_of_one_teacher(tmp_path: Path, data: Path, out: str, teacher: str) -> Path:
+    words = ["cache", "build", str(data), "--out", str(tmp_path / out), "--teacher", teacher, "-q", "--device", "cpu"]
+    shown = CliRunner().invoke(app, [*words, "--scales", "1", "--threads", "1"])
+    assert shown.exit_code == 0, shown.output
+    return tmp_path / out
+
+
+def test_other_weights_of_a_real_teacher_are_not_offered_and_a_file_is_known_by_its_digest(
+    data: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    from rsmtdf_cache.teachers import load
+
+    teacher: Any = load(TeacherRequest("timm:test_resnet", "none", seed=7))
+    for name in ("a", "b", "c"):
+        changed = {
+            k: (v * (1.01 if name == "c" else 1)).to(v.dtype).contiguous()
+            for k, v in teacher.network.state_dict().items()
+        }
+        save_file(changed, tmp_path / f"{name}.safetensors")
+        old = (tmp_path / f"{name}.safetensors").stat().st_mtime - 60
+        os.utime(tmp_path / f"{name}.safetensors", (old, old))  # a file of this moment is not remembered
+    seeded = cli_of_one_teacher(tmp_path, data, "seeded", "timm:test_resnet,pretrained=none,seed=1")
+    with pytest.raises(UsageError) as caught:
+        find_store(recipe(data, teachers=["timm:test_resnet,pretrained=none,seed=2"]))
+    assert "has the weights 'seed 1', the recipe asks for pretrained=none,seed=2" in str(caught.value)
+    assert str(seeded) not in str(caught.value).splitlines()[-1]  # the command makes a new store
+    filed = f"timm:test_resnet,weights={tmp_path}/"
+    made = cli_of_one_teacher(tmp_path, data, "filed", f"{filed}a.safetensors")
+    assert find_store(recipe(data, teachers=[f"{filed}a.safetensors"])).path == str(made)
+    assert len(find_store(recipe(data, teachers=[f"{filed}b.safetensors"])).notes) == 1
+    for name in ("b", "c"):  # any build remembers the digest of the file it read
+        cli_of_one_teacher(tmp_path, data, name, f"{filed}{name}.safetensors")
+        shutil.rmtree(tmp_path / name)
+    assert find_store(recipe(data, teachers=[f"{filed}b.safetensors"])).notes == ()
+    with pytest.raises(UsageError, match=r"has the weights 'file a\.safetensors', the recipe asks for weights="):
+        find_store(recipe(data, teachers=[f"{filed}c.safetensors"]))
+
+
+def test_quiet_training_prints_no_notes(data: Path, store: Path, tmp_path: Path) -> None:
+    register_store(store)
+    file = tmp_path / "r.yaml"
+    file.write_text(recipe(data).to_yaml())
+    words = ["train", str(file), "--use-cache", "--out", str(tmp_path / "run"), "--device", "cpu", "--no-tensorboard"]
+    shown = CliRunner().invoke(app, [*words, "-q"])
+    assert shown.exit_code == 0 and shown.output == ""
+    assert "note:" in CliRunner().invoke(app, words).stderr
+
+
+def test_a_store_without_arrays_is_said_to_have_none(data: Path, store: Path, tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["cache", "drop", str(store), "*/*/*"])
+    assert shown.exit_code == 0, shown.output
+    with pytest.raises(UsageError, match="holds no arrays; build features into it"):
+        run(recipe(data), tmp_path / "run", store)
+    register_store(store)
+    with pytest.raises(UsageError, match=f"{store}: holds no arrays"):
+        find_store(recipe(data))
+
+
+def test_an_interruption_says_once_that_it_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    @command
+    def stopped() -> None:
+        raise Interrupted("stopped; 3 units are safe")
+
+    with pytest.raises(SystemExit):
+        stopped()
+    assert capsys.readouterr().err.split("\n")[0].endswith("stopped: 3 units are safe")
+
+
+def test_an_unreadable_catalogue_is_an_error_of_the_machine(data: Path, home: Path) -> None:
+    home.write_text("a file")
+    with pytest.raises(ResourceError, match="RSMTDF_HOME"):
         find_store(recipe(data))
 
 
@@ -299,16 +459,21 @@ def test_a_run_reads_exactly_the_named_snapshot(data: Path, store: Path, tmp_pat
     assert len(now["targets"]["keys"]) == 4 and now["store"] != before
 
 
-def test_a_run_continues_on_its_own_snapshot_after_the_store_has_grown(data: Path, store: Path, tmp_path: Path) -> None:
-    whole = run(recipe(data), tmp_path / "whole", store)
-    stopped = tmp_path / "stopped"
+def begin(chosen: Recipe, out: Path, store: Path) -> None:
+    """Train one step."""
 
-    def stop(event: object) -> None:
+    def watch(event: object) -> None:
         if getattr(event, "step", -1) == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(recipe(data), stopped, store, on_event=stop)
+        run(chosen, out, store, on_event=watch)
+
+
+def test_a_run_continues_on_its_own_snapshot_after_the_store_has_grown(data: Path, store: Path, tmp_path: Path) -> None:
+    whole = run(recipe(data), tmp_path / "whole", store)
+    stopped = tmp_path / "stopped"
+    begin(recipe(data), stopped, store)
     assert (stopped / "checkpoints" / "last.pt").is_file() and not (stopped / "metrics.json").exists()
     before = grow(data, store)
     result = train(recipe(data), stopped, store, device="cpu", tensorboard=False)
@@ -323,26 +488,46 @@ def test_a_run_continues_on_its_own_snapshot_after_the_store_has_grown(data: Pat
     assert shown.exit_code == 0 and "the store this run began with" in shown.stderr
 
 
-def test_a_run_that_began_during_a_build_continues_after_it(data: Path, store: Path, tmp_path: Path) -> None:
-    commits = sorted((store / "ledger" / "commits").rglob("*.json"))
-    text, last = commits[-1].read_bytes(), commits[-1]
-    last.unlink()  # what a reader sees before the last unit is committed: a snapshot that no record names
+def test_a_run_that_began_during_a_build_continues_after_it(data: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
     chosen = recipe(data, distill=None, fuse=None, targets="none")
-    first = run(chosen, tmp_path / "run", store)
-    last.write_bytes(text)
+    began: list[dict[str, Any]] = []
+    while_built(data, store, lambda: began.append(run(chosen, tmp_path / "run", store)))
+    [first] = began
     again = train(chosen, tmp_path / "run", store, device="cpu", tensorboard=False)
     assert again.resumed_at == 3 and again.metrics["store"] == first["store"] != FeatureStore.open(store).snapshot
 
 
-def test_a_run_is_refused_when_its_snapshot_is_gone(data: Path, store: Path, tmp_path: Path) -> None:
-    run(recipe(data), tmp_path / "run", store)
+def test_an_unfinished_run_is_refused_when_its_snapshot_is_gone(data: Path, store: Path, tmp_path: Path) -> None:
+    begin(recipe(data), tmp_path / "run", store)
     shutil.rmtree(store)
     build(data, store, teachers=["mean,layers=mean16"])
     with pytest.raises(
         MismatchError, match=r"reads a snapshot that .* does not hold .*\n  store: '[0-9a-f]{64}' \(run\)"
-    ):
+    ) as caught:
         run(recipe(data), tmp_path / "run", store)
+    assert "place:" not in str(caught.value)  # it is where it was
     assert str(store) in str(read_run_store(tmp_path / "run"))
+
+
+def test_a_complete_run_says_so_without_its_store(data: Path, store: Path, tmp_path: Path) -> None:
+    first = run(recipe(data), tmp_path / "run", store)
+    file = tmp_path / "r.yaml"
+    file.write_text(recipe(data).to_yaml())
+    shutil.rmtree(store)
+    for rebuilt in (False, True):
+        if rebuilt:
+            build(data, store, teachers=["mean,layers=mean16"])
+        again = train(recipe(data), tmp_path / "run", store, device="cpu", tensorboard=False)
+        assert again.resumed_at == again.steps and again.metrics == first
+        run_jobs([TrainingJob("a", recipe(data), tmp_path / "run", store=store, device="cpu")])
+        shown = CliRunner().invoke(app, ["train", str(file), "--use-cache", "--out", str(tmp_path / "run")])
+        assert shown.exit_code == 0 and "is complete already" in shown.stderr
+    for other in (recipe(data, seed=1), recipe(data, steps=4)):
+        with pytest.raises(MismatchError):
+            run(other, tmp_path / "run", store)
+    with pytest.raises(MismatchError):  # nothing is left that a pin could keep
+        run(recipe(data), tmp_path / "run", store, pin=True)
 
 
 def test_naming_another_snapshot_than_the_runs_own_is_refused(data: Path, store: Path, tmp_path: Path) -> None:

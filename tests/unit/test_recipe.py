@@ -32,6 +32,9 @@ def test_the_bundled_recipe_is_valid_and_comes_back_equal_from_its_own_text(tmp_
         ("steps.deep=1", "has no keys to set"),
         ("steps", "write key=value"),
         ("steps=[1", "not YAML"),
+        ("distill.keys=[timm-a/s64o0/stage4]", "names an orientation.*write 'timm-a/s64/stage4'"),
+        ("distill.keys=['*/s*o?/*']", r"names an orientation.*write '\*/s\*/\*'"),
+        ("distill.weights={a/s64o0/b: 2}", "names an orientation.*write 'a/s64/b'"),
     ],
 )
 def test_a_wrong_override_is_a_usage_error_that_says_what(override: str, said: str) -> None:
@@ -51,6 +54,11 @@ def test_a_file_that_is_no_recipe_is_a_usage_error(tmp_path: Path, text: str) ->
 def test_keys_that_are_often_set_take_short_forms() -> None:
     recipe = load_recipe(BUNDLED, ["student=timm:resnet18", "labeled=10", "distill.weight=2", "fuse=true"])
     assert recipe.student.encoder == "timm:resnet18" and recipe.labeled == "10"
+    assert recipe.teachers and load_recipe(BUNDLED, ["teachers=efficientnet_lite0,seed=1"]).teachers == (
+        "efficientnet_lite0,seed=1",
+    )
+    short = load_recipe(BUNDLED, ["distill.keys=clip_vitb16/s*/o"]).distill
+    assert short is not None and short.keys == ("clip_vitb16/s*/o",)
     assert recipe.distill is not None and recipe.distill.weight == 2 and recipe.fuse is not None
 
 
