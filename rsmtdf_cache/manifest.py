@@ -36,8 +36,8 @@ def load_manifest(paths: StorePaths) -> Manifest:
         name, at, _ = str(paths.root).rpartition("@")
         if at and Path(name).is_dir():
             raise UsageError(
-                f"no folder {paths.root}. {name} is there: for a snapshot write 8 to 64 lower-case hex digits after the "
-                "@ (`rsmtdf cache info` shows them), in commands that read; those that change a store take none"
+                f"no folder {paths.root}. {name} is there: for a snapshot write 8 to 64 lower-case hex digits after "
+                "the @ (`rsmtdf cache info` shows them), in commands that read; those that change a store take none"
             )
         raise UsageError(
             f"no feature store at {paths.root}: the folder does not exist; build one with `rsmtdf cache build`"
