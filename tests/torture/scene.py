@@ -11,6 +11,7 @@ import torch
 
 from rsmtdf_cache import writer
 from rsmtdf_cache.build import build_store
+from rsmtdf_cache.errors import FindingsError
 from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.files import sha256_file
 from rsmtdf_cache.layout import StorePaths
@@ -118,6 +119,15 @@ def _audit(out: Path, whole: Path) -> dict[str, list[str]]:
                     faults.append(f"{shard.path}: committed, and not there")
                 elif not sha256_file(place) == shard.sha256 == wanted.get(shard.path):
                     faults.append(f"{shard.path}: other bytes than an undisturbed build's")
+    try:
+        faults += _reading_faults(out, whole)
+    except FindingsError as error:
+        faults.append(f"a reader is refused: {error}")
+    return {"units": units, "faults": faults}
+
+
+def _reading_faults(out: Path, whole: Path) -> list[str]:
+    faults = []
     store, reference = FeatureStore.open(out, verify_reads="always"), FeatureStore.open(whole)
     if store.tiles.ids and store.tiles.digest() != reference.tiles.digest():
         faults.append("the tile table is another")
@@ -127,7 +137,7 @@ def _audit(out: Path, whole: Path) -> dict[str, list[str]]:
         a, b = store.read(key, rows), reference.read(key, rows)
         if a.values.tobytes() != b.values.tobytes() or not a.valid.all():
             faults.append(f"{key}: a reader gets other values")
-    return {"units": units, "faults": faults}
+    return faults
 
 
 def difference_here(out: Path, whole: Path) -> str:
