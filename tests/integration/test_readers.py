@@ -57,7 +57,7 @@ def look_again(path: str, stop: str, results: str) -> None:
         bad = wrong_tiles(store)
         same = store.snapshot == before and store.committed(store.keys()[0]).sum() == again
         seen.add((before, bool(bad), same))
-        Path(results).write_bytes(b"")  # the first look is done
+        Path(f"{results}.count").write_text(str(len(seen)))
     Path(results).write_bytes(pickle.dumps(seen))
 
 
@@ -80,14 +80,20 @@ def test_processes_that_read_while_a_builder_appends_see_consistent_snapshots_an
     ]
     for reader in readers:
         reader.start()
-    while not all((tmp_path / f"seen{i}").is_file() for i in range(2)):
-        assert all(reader.is_alive() for reader in readers)
-        time.sleep(0.05)
+
+    def wait_until_each_has_seen(contents: int) -> None:
+        counts = [tmp_path / f"seen{i}.count" for i in range(2)]
+        while not all(c.is_file() and int(c.read_text() or 0) >= contents for c in counts):
+            assert all(reader.is_alive() for reader in readers)
+            time.sleep(0.05)
+
+    wait_until_each_has_seen(1)
     slowly = lambda event: time.sleep(0.01)  # noqa: E731
     for splits in (("train", "val"), ("train", "val", "test")):
         build(data, store, splits, slowly)
         Ledger.load(StorePaths(store)).compact(tail_max=0)
         write_head(StorePaths(store), load_manifest(StorePaths(store)), Ledger.load(StorePaths(store)))
+    wait_until_each_has_seen(2)
     stop.touch()
     for i, reader in enumerate(readers):
         reader.join(60)
