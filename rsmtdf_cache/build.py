@@ -92,11 +92,11 @@ def build_store(
     jobs = [plan_teacher(asked, request, source.tile_px, load_teacher) for asked in request.teachers]
     specs = [s for job in jobs for s in job.specs]
     report = BuildReport(request.out, dry_run, len(records), quarantined, [])
-    if paths.manifest.is_file():
-        refuse_other_content(load_manifest(paths), load_whole(paths), specs, source, request)
+    known = load_whole(paths) if paths.manifest.is_file() else None
+    if known is not None:
+        refuse_other_content(load_manifest(paths), known, specs, source, request)
     if dry_run:
         rows = decide_group_rows(request, paths, specs)
-        known = load_whole(paths) if paths.manifest.is_file() else None
         if known is not None:
             new_records(known.table, records, request.out)
         report.arrays = [planned_array(s, records, rows, known) for s in specs]

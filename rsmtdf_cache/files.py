@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
     "is_locked",
     "link_file",
     "make_folders",
+    "no_step",
     "observe",
     "publish_json",
     "read_json",
@@ -35,6 +37,7 @@ __all__ = [
     "rename_file",
     "replace_file",
     "replace_json",
+    "require_space",
     "sha256_file",
 ]
 
@@ -124,11 +127,11 @@ def replace_file(path: Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
-def _no_step(step: int) -> None:
-    pass
+def no_step(step: int) -> None:
+    """Do nothing after a step of a commit: what tests replace."""
 
 
-def publish_json(path: Path, value: Mapping[str, Any], tmp: Path, after_step: Callable[[int], None] = _no_step) -> bool:
+def publish_json(path: Path, value: Mapping[str, Any], tmp: Path, after_step: Callable[[int], None] = no_step) -> bool:
     """Publish ``value`` with its own checksum at ``path`` unless something is there; return whether this did it.
 
     ``after_step`` is called with 5 (draft durable), 6 (linked) and 7 (name durable), the steps of a commit.
@@ -184,6 +187,15 @@ def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's bytes as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_space(folder: Path, nbytes: int, what: str, advice: str) -> None:
+    """Raise ``ResourceError`` when the disk of ``folder`` has less room than ``what`` needs."""
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise ResourceError(
+            f"{folder}: the {what} needs {nbytes / 1e9:.2f} GB more, the disk has {free / 1e9:.2f} GB free; {advice}"
+        )
 
 
 @contextlib.contextmanager

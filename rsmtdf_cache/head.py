@@ -18,6 +18,7 @@ from rsmtdf_cache.files import publish_json, read_json, replace_json, sha256_fil
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest
+from rsmtdf_cache.records import read_snapshot
 from rsmtdf_cache.zarr_metadata import write_metadata
 
 __all__ = [
@@ -153,11 +154,7 @@ def find_snapshot(paths: StorePaths, ledger: Ledger, name: str) -> Ledger:
         known = ", ".join(sorted(p.stem[:12] for p in paths.snapshots.glob("*.json"))[:5]) or "none"
         what = "no such snapshot is recorded" if not found else f"{len(found)} snapshots begin so"
         raise MismatchError(f"{paths.root}@{name}: {what}; recorded: {known}; now it holds {ledger.snapshot()[:12]}")
-    body = read_json(paths.snapshot(found[0]))
-    try:
-        then = ledger.at(Content.from_json(body))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FindingsError(f"{paths.snapshot(found[0])}: not a snapshot record ({error})") from None
+    then = ledger.at(read_snapshot(paths.snapshot(found[0])))
     if then.snapshot() != found[0]:
         raise MismatchError(
             f"{paths.root}@{name}: the store no longer holds that content; shards were repaired to other bytes, or "

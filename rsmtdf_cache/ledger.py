@@ -13,10 +13,10 @@ from typing import Any
 
 from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError
-from rsmtdf_cache.files import fsync_folder, publish_json, read_json, remove_file, replace_file, replace_json
+from rsmtdf_cache.files import fsync_folder, no_step, publish_json, read_json, remove_file, replace_file, replace_json
 from rsmtdf_cache.files import sha256_file as _sha256
 from rsmtdf_cache.layout import ArraySet, StorePaths
-from rsmtdf_cache.records import Commit, SetRecord, ShardRecord, read_commit, read_set
+from rsmtdf_cache.records import Commit, SetRecord, ShardRecord, read_commit, read_dropped, read_set
 from rsmtdf_cache.segment import read_segment_commits, read_segment_stats, write_segment
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec, NumericsProfile, digest_of
 from rsmtdf_cache.stats import ChannelStats
@@ -29,10 +29,6 @@ TAIL_MAX = 256
 SEGMENTS_MAX = 16
 
 _Segments = Mapping[int, Sequence[TileRecord]]
-
-
-def _no_step(step: int) -> None:
-    pass
 
 
 class _SetMissingError(FindingsError):
@@ -196,7 +192,7 @@ class Ledger:
         self.commits.setdefault(arrays.id, {})
         return record
 
-    def add_commit(self, commit: Commit, after_step: Callable[[int], None] = _no_step) -> Commit:
+    def add_commit(self, commit: Commit, after_step: Callable[[int], None] = no_step) -> Commit:
         """Publish ``commit``; when another builder was first, adopt and return its record (decision 6)."""
         path = self.paths.commit(commit.set_id, commit.group, commit.generation)
         if not publish_json(path, commit.to_json(), self.paths.tmp, after_step):
@@ -264,7 +260,7 @@ def _load(paths: StorePaths) -> Ledger:
             continue
     for path in _segment_files(paths):
         commits += read_segment_commits(path)
-    dropped = _read_dropped(paths)
+    dropped = read_dropped(paths.dropped) if paths.dropped.is_file() else frozenset()
     sets = {path.stem: read_set(path) for path in sorted((paths.ledger / "sets").glob("*.json"))}
     generations: dict[tuple[str, int], dict[int, Commit]] = {}
     for commit in commits:
@@ -285,15 +281,6 @@ def _commit_files(paths: StorePaths) -> list[Path]:
 
 def _segment_files(paths: StorePaths) -> list[Path]:
     return sorted(p for p in paths.segments.glob("*.parquet") if not p.name.startswith("."))
-
-
-def _read_dropped(paths: StorePaths) -> frozenset[tuple[str, str]]:
-    if not paths.dropped.is_file():
-        return frozenset()
-    try:
-        return frozenset((str(name), str(layer)) for name, layer in read_json(paths.dropped)["arrays"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FindingsError(f"{paths.dropped}: not a list of dropped arrays ({error})") from None
 
 
 def _load_segments(paths: StorePaths) -> dict[int, Sequence[TileRecord]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError
+from rsmtdf_cache.errors import MismatchError, UsageError
+from rsmtdf_cache.files import require_space
 from rsmtdf_cache.layout import ArraySet, StorePaths, choose_group_rows, shard_layout
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest, load_manifest
@@ -198,12 +198,7 @@ def check_space(out: Path, ledger: Ledger, sets: list[ArraySet], groups: list[in
             if group not in ledger.commits[arrays.id]:
                 rows = len(rows_of_group(ledger.table, group, group_rows))
                 need += sum(shard_layout(s, group_rows).nbytes(rows) for s in arrays.specs)
-    free = shutil.disk_usage(out).free
-    if need > free:
-        raise ResourceError(
-            f"{out}: the build needs {need / 1e9:.2f} GB more, the disk has {free / 1e9:.2f} GB free; "
-            "free some space, or ask for fewer layers, scales or orientations"
-        )
+    require_space(out, need, "build", "free some space, or ask for fewer layers, scales or orientations")
 
 
 def rows_of_group(table: TileTable, group: int, group_rows: int) -> list[int]:

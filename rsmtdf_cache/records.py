@@ -8,13 +8,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError
 from rsmtdf_cache.files import read_json
 from rsmtdf_cache.layout import ArraySet
 from rsmtdf_cache.specs import FeatureSpec, NumericsProfile
 from rsmtdf_cache.stats import ChannelStats
 
-__all__ = ["Commit", "SetRecord", "ShardRecord", "read_commit", "read_set"]
+__all__ = ["Commit", "SetRecord", "ShardRecord", "read_commit", "read_dropped", "read_set", "read_snapshot"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,25 @@ def read_set(path: Path) -> SetRecord:
     if len({(s.teacher.name, s.view.name) for s in arrays.specs}) != 1:
         raise FindingsError(f"{path}: the arrays of a set have one teacher and one view")
     return SetRecord(arrays, profile)
+
+
+def read_dropped(path: Path) -> frozenset[tuple[str, str]]:
+    """Return the (set, layer) that the list at ``path`` names. Raises ``FindingsError`` when it is damaged."""
+    try:
+        return frozenset((str(name), str(layer)) for name, layer in read_json(path)["arrays"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FindingsError(f"{path}: not a list of dropped arrays ({error})") from None
+
+
+def read_snapshot(path: Path) -> Content:
+    """Return what the snapshot that ``path`` is named after holds. Raises ``FindingsError`` when it is damaged."""
+    body = read_json(path)
+    try:
+        if body["snapshot"] != path.stem:
+            raise ValueError(f"it is of {body['snapshot']}")
+        return Content.from_json(body)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FindingsError(f"{path}: not the snapshot record it should be ({error})") from None
 
 
 def _count(value: object) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rsmtdf_cache.codecs import load_codec
 from rsmtdf_cache.errors import DataError, MismatchError
-from rsmtdf_cache.files import fsync_folder, link_file, make_folders, rename_file, sha256_file
+from rsmtdf_cache.files import fsync_folder, link_file, make_folders, no_step, rename_file, sha256_file
 from rsmtdf_cache.layout import ArraySet, StorePaths, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.shard import ShardWriter
@@ -28,12 +28,8 @@ from rsmtdf_cache.stats import ChannelStats
 __all__ = ["UnitWriter", "clear_drafts"]
 
 
-def _no_step(step: int) -> None:
-    pass
-
-
 #: Called after each numbered step of a commit. Tests replace it to stop the process right there.
-after_step: Callable[[int], None] = _no_step
+after_step: Callable[[int], None] = no_step
 
 
 def clear_drafts(paths: StorePaths, transfers: bool = False) -> None:

@@ -17,19 +17,20 @@ __all__ = ["forget", "list_", "register"]
 @command
 def list_(json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the stores that were built or pulled here: content, size, the runs that used them."""
-    from rsmtdf_cache.share.catalogue import catalogue_home, describe_stores
+    from rsmtdf_cache.home import data_home
+    from rsmtdf_cache.share.catalogue import describe_stores
 
     with progress(quiet) as on_event:
         stores = describe_stores(on_event)
     if json:
-        emit_json({"home": catalogue_home(), "stores": stores})
+        emit_json({"home": data_home(), "stores": stores})
     elif quiet:
         return
     elif stores:
         _show(stores)
     else:
         message(
-            f"no store is registered in {catalogue_home()}; `rsmtdf cache build` and `pull` register what they make, "
+            f"no store is registered in {data_home()}; `rsmtdf cache build` and `pull` register what they make, "
             "`rsmtdf cache register STORE` one that is there",
             kind="note",
         )

@@ -28,7 +28,6 @@ from rsmtdf_cache.specs import digest_of
 __all__ = [
     "RunEntry",
     "StoreEntry",
-    "catalogue_home",
     "check_catalogue",
     "describe_stores",
     "enter_store",
@@ -65,11 +64,6 @@ class RunEntry(_Entry):
 
 
 _AnyEntry = TypeVar("_AnyEntry", bound=_Entry)
-
-
-def catalogue_home() -> Path:
-    """Return the folder of the catalogue; it need not exist."""
-    return data_home()
 
 
 def same_place(path: Path | str) -> str:
@@ -208,7 +202,7 @@ def _now() -> str:
 
 
 def _file(kind: str, place: str) -> Path:
-    return catalogue_home() / kind / f"{digest_of(place)[:16]}.json"
+    return data_home() / kind / f"{digest_of(place)[:16]}.json"
 
 
 def _write(kind: str, place: str, entry: _Entry) -> None:
@@ -222,7 +216,7 @@ def _read(kind: str, of: type[_AnyEntry], on_event: EventSink) -> list[_AnyEntry
 def _files(kind: str) -> list[Path]:
     """Return the files of a kind's entries; none when nothing was ever registered. Raises ``OSError``."""
     try:
-        return sorted(file for file in (catalogue_home() / kind).iterdir() if file.suffix == ".json")
+        return sorted(file for file in (data_home() / kind).iterdir() if file.suffix == ".json")
     except FileNotFoundError:
         return []
 
@@ -248,7 +242,7 @@ def _unusable(error: OSError, verb: str) -> ResourceError:
     asked = os.environ.get("RSMTDF_HOME")
     where = f"RSMTDF_HOME is {asked!r}" if asked else "RSMTDF_HOME is not set, so it is the user's data folder"
     return ResourceError(
-        f"the catalogue {catalogue_home()} cannot be {verb} ({_reason(error)}; {where}); set RSMTDF_HOME to a folder "
+        f"the catalogue {data_home()} cannot be {verb} ({_reason(error)}; {where}); set RSMTDF_HOME to a folder "
         "that you can write"
     )
 

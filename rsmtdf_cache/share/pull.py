@@ -28,6 +28,7 @@ from rsmtdf_cache.files import (
     read_json,
     rename_file,
     replace_json,
+    require_space,
     sha256_file,
 )
 from rsmtdf_cache.head import write_head
@@ -233,12 +234,8 @@ class _Copy:
 
     def _check_space(self) -> None:
         there = sum(p.stat().st_size for p in self.drafts.glob("shard-*"))
-        need, free = self.plan.nbytes - there, shutil.disk_usage(self.paths.root).free
-        if need > free:
-            raise ResourceError(
-                f"{self.paths.root}: the copy needs {need / 1e9:.2f} GB more, the disk has {free / 1e9:.2f} GB free; "
-                "free some space, or choose fewer teachers, layers, views or tiles"
-            )
+        advice = "free some space, or choose fewer teachers, layers, views or tiles"
+        require_space(self.paths.root, self.plan.nbytes - there, "copy", advice)
 
     def _check_source(self, workers: int) -> None:
         """A damaged store leaves nothing behind: its shards are read before the first record is published."""

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rsmtdf_cache.errors import FindingsError, Interrupted, MismatchError, ResourceError, UsageError
+from rsmtdf_cache.errors import FindingsError, Interrupted, MismatchError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import (
     build_lock,
@@ -25,6 +25,7 @@ from rsmtdf_cache.files import (
     make_folders,
     rename_file,
     replace_json,
+    require_space,
     sha256_file,
 )
 from rsmtdf_cache.head import load_whole, write_head
@@ -241,12 +242,7 @@ class _Merge:
         need = sum(u.nbytes(self.plan.a.store.manifest.group_rows) for u in todo)
         if os.stat(self.paths.root).st_dev != os.stat(self.plan.a.store.path).st_dev:
             need += sum(s.nbytes for p, c in self.plan.own if not self.there(p, c.group) for s in c.shards)
-        free = shutil.disk_usage(self.paths.root).free
-        if need > free:
-            raise ResourceError(
-                f"{self.paths.root}: the merge needs {need / 1e9:.2f} GB more, the disk has {free / 1e9:.2f} GB free; "
-                "free some space, then run the same command again"
-            )
+        require_space(self.paths.root, need, "merge", "free some space, then run the same command again")
 
     def there(self, planned: PlannedSet, group: int) -> bool:
         """Whether the target has the unit already."""

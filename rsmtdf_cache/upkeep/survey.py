@@ -17,7 +17,7 @@ from rsmtdf_cache.files import read_json, sha256_file
 from rsmtdf_cache.head import Head, read_head
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
-from rsmtdf_cache.records import Commit, SetRecord, read_commit, read_set
+from rsmtdf_cache.records import Commit, SetRecord, read_commit, read_dropped, read_set, read_snapshot
 from rsmtdf_cache.segment import read_segment_commits
 from rsmtdf_cache.tiles import TileRecord, TileTable, read_segment
 from rsmtdf_cache.upkeep.pins import Pin
@@ -67,7 +67,7 @@ def survey(paths: StorePaths) -> Survey:
     found.commits = list(_each(found, sorted((paths.ledger / "commits").glob("*/*.json")), read_commit))
     for part in _each(found, _visible(paths.segments, "*.parquet"), read_segment_commits):
         found.commits += part
-    dropped = next(_each(found, _present(paths.dropped), _read_dropped), frozenset())
+    dropped = next(_each(found, _present(paths.dropped), read_dropped), frozenset())
     sets = {s.arrays.id: s for s in _each(found, sorted((paths.ledger / "sets").glob("*.json")), read_set)}
     generations: dict[tuple[str, int], dict[int, Commit]] = {}
     for commit in found.commits:
@@ -82,7 +82,7 @@ def survey(paths: StorePaths) -> Survey:
     found.ledger = _ledger(found, _segments(found), sets, generations, dropped)
     list(_each(found, _present(paths.quarantine), _read_quarantine))
     found.head = next(_each(found, _present(paths.head), lambda _: _written_as_is(paths.head, read_head(paths))), None)
-    for root, content in _each(found, sorted(paths.snapshots.glob("*.json")), lambda p: (p.stem, _read_snapshot(p))):
+    for root, content in _each(found, sorted(paths.snapshots.glob("*.json")), lambda p: (p.stem, read_snapshot(p))):
         found.snapshots[root] = content
     for pin in _each(found, sorted(paths.pins.glob("*.json")), lambda p: _written_as_is(p, _read_pin(p))):
         found.pinned |= set() if pin.expired() else {pin.snapshot}
@@ -117,26 +117,9 @@ def _thin(commit: Commit) -> bool:
     return any(s.stats is None for s in commit.shards)
 
 
-def _read_dropped(path: Path) -> frozenset[tuple[str, str]]:
-    try:
-        return frozenset((str(name), str(layer)) for name, layer in read_json(path)["arrays"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FindingsError(f"{path}: not a list of dropped arrays ({error})") from None
-
-
 def _read_quarantine(path: Path) -> None:
     if not isinstance(read_json(path).get("tiles"), dict):
         raise FindingsError(f"{path}: not a list of quarantined tiles")
-
-
-def _read_snapshot(path: Path) -> Content:
-    body = read_json(path)
-    try:
-        if body["snapshot"] != path.stem:
-            raise ValueError(f"it is of {body['snapshot']}")
-        return Content.from_json(body)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FindingsError(f"{path}: not the snapshot record it should be ({error})") from None
 
 
 def _read_pin(path: Path) -> Pin:

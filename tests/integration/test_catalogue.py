@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from rsmtdf_cache.build import build_store
 from rsmtdf_cache.events import Event, Warned
+from rsmtdf_cache.home import data_home
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.share.catalogue import (
-    catalogue_home,
     describe_stores,
     forget_store,
     register_run,
@@ -166,7 +166,7 @@ def test_many_processes_register_at_once_and_nothing_is_lost() -> None:
     for worker in workers:
         worker.join()
     assert {e.dataset for e in registered_stores()} == set(names) and len(registered_stores()) == 30
-    assert not [p for p in catalogue_home().rglob("*") if p.name.endswith(".tmp")]
+    assert not [p for p in data_home().rglob("*") if p.name.endswith(".tmp")]
 
 
 def test_credentials_of_a_url_never_reach_the_catalogue(home: Path) -> None:
@@ -182,5 +182,5 @@ def test_without_rsmtdf_home_it_is_the_users_data_folder(monkeypatch: pytest.Mon
     monkeypatch.delenv("RSMTDF_HOME")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert catalogue_home().is_relative_to(tmp_path) and catalogue_home().name == "rsmtdf"
+    assert data_home().is_relative_to(tmp_path) and data_home().name == "rsmtdf"
     assert os.listdir(tmp_path) == []
