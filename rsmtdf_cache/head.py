@@ -170,5 +170,6 @@ def record_files(paths: StorePaths) -> Iterator[Path]:
             yield path
     for pattern in (
         "tiles/*.json", "tiles/*.parquet", "sets/*.json", "commits/*/*.json", "segments/*.parquet", "snapshots/*.json",
+        "calibrations/*.safetensors",
     ):  # fmt: skip
         yield from sorted(p for p in paths.ledger.glob(pattern) if not p.name.startswith("."))

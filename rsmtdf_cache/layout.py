@@ -5,12 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from rsmtdf_cache.codecs import load_codec
+import numpy as np
+
+from rsmtdf_cache.codecs import codec_class
 from rsmtdf_cache.shard import ShardLayout
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec, digest_of
 
-__all__ = ["ArraySet", "StorePaths", "choose_group_rows", "set_id", "shard_layout"]
+__all__ = [
+    "ArraySet",
+    "PARTS",
+    "Part",
+    "StorePaths",
+    "choose_group_rows",
+    "parts_of",
+    "set_id",
+    "shard_layout",
+    "unit_nbytes",
+]
+
+#: What an array consists of on disk: its codes, and for some codecs a scale per token. Each part has shards of its own.
+Part = Literal["features", "scale"]
+PARTS: tuple[Part, ...] = ("features", "scale")
 
 #: A shard of the largest array comes close to this; decision 4 asks for 64 to 256 MB.
 SHARD_GOAL_NBYTES = 128 * 2**20
@@ -85,8 +102,12 @@ class StorePaths:
         suffix = f"-{generation}" if generation else ""
         return self.ledger / "commits" / set_id / f"{group:08d}{suffix}.json"
 
-    def shard(self, key: FeatureKey, group: int) -> Path:
-        return self.zarr / key.teacher / key.view / key.layer / "features" / "c" / str(group) / "0" / "0" / "0"
+    def calibration(self, digest: str) -> Path:
+        return self.ledger / "calibrations" / f"{digest}.safetensors"
+
+    def shard(self, key: FeatureKey, group: int, part: Part = "features") -> Path:
+        place = self.zarr / key.teacher / key.view / key.layer / part / "c" / str(group) / "0" / "0"
+        return place / "0" if part == "features" else place  # an array of scales has no channels
 
     def relative(self, path: Path) -> str:
         """Return ``path`` as it stands in records: relative to the store, with forward slashes."""
@@ -113,11 +134,24 @@ def set_id(specs: Sequence[FeatureSpec]) -> str:
     return digest_of(sorted(s.digest() for s in specs))[:16]
 
 
-def shard_layout(spec: FeatureSpec, group_rows: int) -> ShardLayout:
-    """Return the layout of one shard of the array."""
-    codec = load_codec(spec.encoding)
+def parts_of(spec: FeatureSpec) -> tuple[Part, ...]:
+    """Return the parts that the array consists of."""
+    return PARTS if codec_class(spec.encoding).scaled else PARTS[:1]
+
+
+def shard_layout(spec: FeatureSpec, group_rows: int, part: Part = "features") -> ShardLayout:
+    """Return the layout of one shard of a part of the array; scales have one channel, which Zarr does not see."""
+    codec, encoding = codec_class(spec.encoding), spec.encoding
     height, width = spec.grid
-    return ShardLayout(group_rows, height, width, spec.layer.channels, codec.dtype, codec.fill)
+    if part == "scale":
+        return ShardLayout(group_rows, height, width, 1, np.dtype("<f2"), float("nan"))
+    channels = codec.stored_channels(encoding, spec.layer.channels)
+    return ShardLayout(group_rows, height, width, channels, codec.dtype, codec.fill, encoding.compressor)
+
+
+def unit_nbytes(spec: FeatureSpec, group_rows: int, rows: int) -> int:
+    """Return the bytes of the shards of one array for a row group with ``rows`` tiles, all parts together."""
+    return sum(shard_layout(spec, group_rows, part).nbytes(rows) for part in parts_of(spec))
 
 
 def choose_group_rows(specs: Sequence[FeatureSpec]) -> int:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rsmtdf_cache.codecs import Calibration, Codec, codec_class, load_codec
 from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError
 from rsmtdf_cache.files import fsync_folder, no_step, publish_json, read_json, remove_file, replace_file, replace_json
 from rsmtdf_cache.files import sha256_file as _sha256
-from rsmtdf_cache.layout import ArraySet, StorePaths
+from rsmtdf_cache.layout import ArraySet, Part, StorePaths, parts_of
+from rsmtdf_cache.quality import Quality
 from rsmtdf_cache.records import Commit, SetRecord, ShardRecord, read_commit, read_dropped, read_set
 from rsmtdf_cache.segment import read_segment_commits, read_segment_stats, write_segment
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec, NumericsProfile, digest_of
@@ -50,6 +52,7 @@ class Ledger:
     table: TileTable = field(init=False)
     commits: dict[str, dict[int, Commit]] = field(init=False)
     _stats: dict[tuple[str, int, int, str], ChannelStats] | None = None
+    _calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.table = TileTable(list(self.segments.items()))
@@ -85,10 +88,37 @@ class Ledger:
                 return name
         raise KeyError(key)
 
-    def shards(self, key: FeatureKey) -> dict[int, ShardRecord]:
-        """Return the committed shards of ``key`` by row group, in row order."""
-        found = {group: c.shard(key.layer) for group, c in sorted(self.commits[self.set_of(key)].items())}
+    def shards(self, key: FeatureKey, part: Part = "features") -> dict[int, ShardRecord]:
+        """Return the committed shards of a part of ``key`` by row group, in row order."""
+        found = {group: c.shard(key.layer, part) for group, c in sorted(self.commits[self.set_of(key)].items())}
         return {group: shard for group, shard in found.items() if shard is not None}
+
+    def all_shards(self, key: FeatureKey) -> list[ShardRecord]:
+        """Return the committed shards of all parts of ``key``."""
+        return [shard for part in parts_of(self.specs()[key]) for shard in self.shards(key, part).values()]
+
+    def codec(self, spec: FeatureSpec) -> Codec:
+        """Return the codec of an array of the store, calibrated as its set record says.
+
+        Raises ``FindingsError`` when the calibration is missing or damaged.
+        """
+        if not codec_class(spec.encoding).calibrated:
+            return load_codec(spec.encoding, spec.layer.channels)
+        for name in self.sets:  # dropped arrays are read too, by repairs
+            record = self.sets[name]
+            if any(s.layer.name == spec.layer.name and s.digest() == spec.digest() for s in record.arrays.specs):
+                digest = record.calibrations[spec.layer.name]
+                return load_codec(spec.encoding, spec.layer.channels, self.calibration(digest))
+        raise KeyError(spec.key)
+
+    def calibration(self, digest: str) -> Calibration:
+        """Return the calibration of this sha256. Raises ``FindingsError`` when it is missing or damaged."""
+        if digest not in self._calibrations:
+            path = self.paths.calibration(digest)
+            if not path.is_file() or _sha256(path) != digest:
+                raise FindingsError(f"{path}: missing or damaged; bring it back, its arrays cannot be read without it")
+            self._calibrations[digest] = Calibration.from_bytes(path.read_bytes(), str(path))
+        return self._calibrations[digest]
 
     def stats(self, key: FeatureKey) -> ChannelStats:
         """Return the statistics of all committed shards of ``key``, added in row order."""
@@ -97,7 +127,7 @@ class Ledger:
         return ChannelStats.total(parts, self.specs()[key].layer.channels)
 
     def stats_of(self, commit: Commit, layer: str) -> ChannelStats:
-        """Return the statistics of one shard, from its record or from the segment it was compacted into."""
+        """Return the statistics of one shard of features, from its record or the segment it was compacted into."""
         shard = commit.shard(layer)
         if shard is None:
             raise KeyError(layer)
@@ -112,7 +142,10 @@ class Ledger:
 
     def complete(self, commit: Commit) -> Commit:
         """Return ``commit`` with the statistics of every shard read."""
-        shards = tuple(replace(s, stats=self.stats_of(commit, s.layer)) for s in commit.shards)
+        shards = tuple(
+            replace(s, stats=self.stats_of(commit, s.layer) if s.part == "features" else ChannelStats.empty(0))
+            for s in commit.shards
+        )
         return replace(commit, shards=shards)
 
     def snapshot(self) -> str:
@@ -124,7 +157,16 @@ class Ledger:
             for s in c.shards
             if (c.set_id, s.layer) not in self.dropped
         )
-        return digest_of({"shards": shards, "tiles": self.table.digest()})
+        body: dict[str, Any] = {"shards": shards, "tiles": self.table.digest()}
+        calibrations = {
+            str(s.key): self.sets[name].calibrations[s.layer.name]
+            for name in self.sets
+            for s in self.live(name)
+            if self.commits[name] and s.layer.name in self.sets[name].calibrations
+        }
+        if calibrations:
+            body["calibrations"] = calibrations
+        return digest_of(body)
 
     def content(self) -> Content:
         """Return which records the present content is made of."""
@@ -153,7 +195,10 @@ class Ledger:
             for s in record.arrays.specs
             if s.layer.name not in content.layers[name]
         }
-        return Ledger(self.paths, segments, sets, generations, frozenset(dropped), _stats=self._stats)
+        return Ledger(
+            self.paths, segments, sets, generations, frozenset(dropped),
+            _stats=self._stats, _calibrations=self._calibrations,
+        )  # fmt: skip
 
     # -- facts
 
@@ -176,9 +221,23 @@ class Ledger:
         self.segments = {**self.segments, first_row: list(records)}
         self.table = TileTable(list(self.segments.items()))
 
-    def add_set(self, arrays: ArraySet, profile: NumericsProfile) -> SetRecord:
-        """Register an array set, or return the record that is there already."""
-        body = {"arrays": [s.to_json() for s in arrays.specs], "profile": profile.to_json()}
+    def add_calibration(self, calibration: Calibration) -> str:
+        """Keep a calibration, durably, and return its digest. It lies there before a set record names it."""
+        digest = calibration.digest
+        if not self.paths.calibration(digest).is_file():
+            replace_file(self.paths.calibration(digest), calibration.to_bytes())
+        self._calibrations[digest] = calibration
+        return digest
+
+    def add_set(
+        self, arrays: ArraySet, profile: NumericsProfile, calibrations: Mapping[str, str] | None = None,
+        quality: Mapping[str, Quality] | None = None,
+    ) -> SetRecord:  # fmt: skip
+        """Register an array set, or return the record that is there already.
+
+        ``calibrations``: layer → digest of a calibration that was added; ``quality``: layer → what was measured.
+        """
+        body = SetRecord(arrays, profile, calibrations or {}, quality or {}).to_json()
         path = self.paths.array_set(arrays.id)
         left = (
             {(name, layer) for name, layer in self.dropped if name == arrays.id}
@@ -232,18 +291,20 @@ class Ledger:
             self.commits[name][group] = known[max(known)]
 
     def dropped_json(self) -> dict[str, Any]:
-        """Return what ``dropped.json`` says: the pairs of set and layer, and their specs.
+        """Return what ``dropped.json`` says: the pairs of set and layer, their specs, and what set records say of them.
 
-        The specs stand nowhere else once the zarr metadata is gone, and a set record may need them to be mended.
+        That stands nowhere else once the zarr metadata is gone, and a set record may need it to be mended.
         """
         pairs = sorted(self.dropped)
-        specs = [
-            s.to_json()
+        gone = [
+            (self.sets[name], s)
             for name, layer in pairs
             for s in (self.sets[name].arrays.specs if name in self.sets else ())
             if s.layer.name == layer
         ]
-        return {"arrays": [list(pair) for pair in pairs], "specs": specs}
+        facts = [{"digest": s.digest(), **record.facts(s.layer.name)} for record, s in gone]
+        body = {"arrays": [list(pair) for pair in pairs], "specs": [s.to_json() for _, s in gone]}
+        return {**body, "facts": facts} if any(len(f) > 1 for f in facts) else body
 
     def _write_dropped(self, arrays: frozenset[tuple[str, str]]) -> None:
         self.dropped = arrays

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from rsmtdf_cache.codecs import codec_class
 from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError
 from rsmtdf_cache.files import read_json
-from rsmtdf_cache.layout import ArraySet
+from rsmtdf_cache.layout import ArraySet, Part
+from rsmtdf_cache.quality import Quality
 from rsmtdf_cache.specs import FeatureSpec, NumericsProfile
 from rsmtdf_cache.stats import ChannelStats
 
 __all__ = ["Commit", "SetRecord", "ShardRecord", "read_commit", "read_dropped", "read_set", "read_snapshot"]
 
 
+_HEX64 = re.compile("[0-9a-f]{64}")
+
+
 @dataclass(frozen=True)
 class ShardRecord:
     """One committed shard: where it lies, what its bytes are, what they hold.
 
-    ``stats`` is None when the record comes from a compacted segment; ``Ledger.stats_of`` reads it from there.
+    ``stats`` is None when the record comes from a compacted segment; ``Ledger.stats_of`` reads it from there. Those
+    of a shard of scales are empty: its layer's features were counted.
     """
 
     layer: str
@@ -30,6 +38,11 @@ class ShardRecord:
     nbytes: int
     sha256: str
     stats: ChannelStats | None = None
+
+    @property
+    def part(self) -> Part:
+        """Which part of the array it holds, as its path says: ``zarr/<teacher>/<view>/<layer>/<part>/c/...``."""
+        return "scale" if self.path.split("/")[4:5] == ["scale"] else "features"
 
 
 @dataclass(frozen=True)
@@ -47,9 +60,9 @@ class Commit:
     shards: tuple[ShardRecord, ...]
     generation: int = 0
 
-    def shard(self, layer: str) -> ShardRecord | None:
-        """Return the shard of ``layer``, None when this unit was committed without it."""
-        return next((s for s in self.shards if s.layer == layer), None)
+    def shard(self, layer: str, part: Part = "features") -> ShardRecord | None:
+        """Return the shard of a part of ``layer``, None when this unit was committed without it."""
+        return next((s for s in self.shards if s.layer == layer and s.part == part), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data. Every shard must have its statistics."""
@@ -81,10 +94,34 @@ class Commit:
 
 @dataclass(frozen=True)
 class SetRecord:
-    """An array set of the store and the numerics profile it is encoded in."""
+    """An array set of the store and the numerics profile it is encoded in.
+
+    ``calibrations``: layer → digest of what its codec was calibrated with. ``quality``: layer → what a sample showed
+    that calibration had not seen (see ``calibrate.Quality``).
+    """
 
     arrays: ArraySet
     profile: NumericsProfile
+    calibrations: Mapping[str, str] = field(default_factory=dict)
+    quality: Mapping[str, Quality] = field(default_factory=dict)
+
+    def facts(self, layer: str) -> dict[str, Any]:
+        """Return ``calibration`` and ``quality`` of one layer as JSON data, as far as they are known."""
+        found: dict[str, Any] = {}
+        if layer in self.calibrations:
+            found["calibration"] = self.calibrations[layer]
+        if layer in self.quality:
+            found["quality"] = self.quality[layer].to_json()
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        body: dict[str, Any] = {"arrays": [s.to_json() for s in self.arrays.specs], "profile": self.profile.to_json()}
+        if self.calibrations:
+            body["calibrations"] = dict(sorted(self.calibrations.items()))
+        if self.quality:
+            body["quality"] = {layer: q.to_json() for layer, q in sorted(self.quality.items())}
+        return body
 
 
 def read_commit(path: Path) -> Commit:
@@ -107,13 +144,21 @@ def read_set(path: Path) -> SetRecord:
         profile = NumericsProfile.from_json(body["profile"])
         named = bool(arrays.specs) and arrays.id == path.stem
         keys = {str(s.key) for s in arrays.specs}
+        layers = {s.layer.name for s in arrays.specs}
+        calibrations = {str(layer): str(digest) for layer, digest in body.get("calibrations", {}).items()}
+        quality = {str(layer): Quality.from_json(q) for layer, q in body.get("quality", {}).items()}
+        needed = {s.layer.name for s in arrays.specs if codec_class(s.encoding).calibrated}
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise FindingsError(f"{path}: not an array set record ({error})") from None
     if not named or len(keys) != len(arrays.specs):
         raise FindingsError(f"{path}: the record's arrays do not have the name of the file")
     if len({(s.teacher.name, s.view.name) for s in arrays.specs}) != 1:
         raise FindingsError(f"{path}: the arrays of a set have one teacher and one view")
-    return SetRecord(arrays, profile)
+    if set(calibrations) != needed or not all(_HEX64.fullmatch(d) for d in calibrations.values()):
+        raise FindingsError(f"{path}: the record does not name the calibrations of {', '.join(sorted(needed))}")
+    if not set(quality) <= layers:
+        raise FindingsError(f"{path}: the record states the quality of layers it does not have")
+    return SetRecord(arrays, profile, calibrations, quality)
 
 
 def read_dropped(path: Path) -> frozenset[tuple[str, str]]:

@@ -36,7 +36,7 @@ def write_segment(folder: Path, commits: Iterable[Commit]) -> Path:
     rows = [
         (c, s)
         for c in sorted(commits, key=lambda c: (c.set_id, c.group, c.generation))
-        for s in sorted(c.shards, key=lambda s: s.layer)
+        for s in sorted(c.shards, key=lambda s: (s.layer, s.part))
     ]
     stats = [_known(s) for _, s in rows]
     texts = pa.string()
@@ -89,11 +89,12 @@ def read_segment_commits(path: Path) -> list[Commit]:
 
 
 def read_segment_stats(path: Path) -> Iterator[tuple[tuple[str, int, int, str], ChannelStats]]:
-    """Yield ``(set, group, generation, layer)`` and the statistics of every shard of a segment."""
-    columns = _read(path, ("set", "group", "generation", "layer", *_STATS))
-    for name, group, generation, layer, count, norm_sum, norm_max, non_finite, sums, squares in zip(
-        *columns.values(), strict=True
-    ):
+    """Yield ``(set, group, generation, layer)`` and the statistics of every shard of features in a segment."""
+    columns = _read(path, ("set", "group", "generation", "layer", "path", *_STATS))
+    for name, group, generation, layer, place, *stats in zip(*columns.values(), strict=True):
+        if ShardRecord(layer, place, 0, "").part != "features":
+            continue
+        count, norm_sum, norm_max, non_finite, sums, squares = stats
         sums_D, squares_D = np.asarray(sums, np.float64), np.asarray(squares, np.float64)
         yield (name, group, generation, layer), ChannelStats(count, sums_D, squares_D, norm_sum, norm_max, non_finite)
 

@@ -1,4 +1,4 @@
-"""One shard file of Zarr v3's ``sharding_indexed`` codec, uncompressed: written tile by tile, read through mmap.
+"""One shard file of Zarr v3's ``sharding_indexed`` codec: written tile by tile, read through mmap.
 
 Layout: the inner chunks one after another, then the index: for each inner chunk, in C order of the shard's chunk grid,
 two little-endian uint64 (offset, length; both 2**64 - 1 = absent), then the crc32c of the index (4 bytes).
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache import files
+from rsmtdf_cache.codecs.compressors import compress, decompress
 from rsmtdf_cache.errors import FindingsError
 
 __all__ = ["ShardLayout", "ShardReader", "ShardWriter"]
@@ -40,6 +41,7 @@ class ShardLayout:
     channels: int
     dtype: np.dtype[Any]
     fill: float
+    compressor: str = "none"
 
     @property
     def chunk(self) -> tuple[int, int, int, int]:
@@ -62,7 +64,7 @@ class ShardLayout:
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes of one tile's map on disk, without its index entries."""
+        """Bytes of one tile's map on disk, without its index entries and before any compressor."""
         return self.grid[0] * self.grid[1] * self.chunk_nbytes
 
     @property
@@ -70,7 +72,7 @@ class ShardLayout:
         return self.rows * self.grid[0] * self.grid[1] * 16 + 4
 
     def nbytes(self, rows: int) -> int:
-        """Bytes of a shard file that holds ``rows`` tiles."""
+        """Bytes of a shard file that holds ``rows`` tiles; with a compressor it becomes about that or smaller."""
         return rows * self.row_nbytes + self.index_nbytes
 
 
@@ -91,18 +93,32 @@ class ShardWriter:
     def add(self, row: int, stored: NDArray[Any]) -> None:
         """Append the map ``[height, width, channels]`` of the shard's row ``row``."""
         layout = self.layout
-        if stored.shape != (layout.height, layout.width, layout.channels) or stored.dtype != layout.dtype:
+        if stored.shape != (layout.height, layout.width, layout.channels):
             raise ValueError(f"shard row {row}: got {stored.dtype}{stored.shape}, the shard holds {layout}")
+        self.add_rows(row, 0, stored)
+
+    def add_rows(self, row: int, y: int, stored: NDArray[Any]) -> None:
+        """Append rows of tokens ``[n, width, channels]`` of the map, in order; ``y``, the first, is on a chunk's edge.
+
+        ``n`` is a multiple of the chunk's height, but for the last rows of the map.
+        """
+        layout = self.layout
         _, height, width, _ = layout.chunk
-        for i in range(layout.grid[0]):
+        last = y + len(stored) == layout.height
+        if stored.shape[1:] != (layout.width, layout.channels) or stored.dtype != layout.dtype:
+            raise ValueError(f"shard row {row}: got {stored.dtype}{stored.shape}, the shard holds {layout}")
+        if y % height or (len(stored) % height and not last):
+            raise ValueError(f"shard row {row}: rows {y} to {y + len(stored)} are no whole chunks of {height}")
+        for i in range(math.ceil(len(stored) / height)):
             for j in range(layout.grid[1]):
                 part = stored[i * height : (i + 1) * height, j * width : (j + 1) * width]
                 if part.shape[:2] != (height, width):
                     full = np.full((height, width, layout.channels), layout.fill, layout.dtype)
                     full[: part.shape[0], : part.shape[1]] = part
                     part = full
-                self._index[row, i, j] = (self.nbytes, layout.chunk_nbytes)
-                self._put(np.ascontiguousarray(part).tobytes())
+                data = compress(layout.compressor, np.ascontiguousarray(part))
+                self._index[row, y // height + i, j] = (self.nbytes, len(data))
+                self._put(data)
 
     def close(self) -> str:
         """Write the index, sync the file, and return the sha256 of the whole file."""
@@ -143,10 +159,14 @@ class ShardReader:
         self.present = (table != _ABSENT).all(axis=(1, 2, 3))
         used = table[self.present]
         end = size - layout.index_nbytes
-        inside = (used[..., 1] == layout.chunk_nbytes) & (used[..., 0] <= np.uint64(max(end - layout.chunk_nbytes, 0)))
-        if not inside.all() or (used.size and end < layout.chunk_nbytes):
+        offsets, lengths = used[..., 0], used[..., 1]
+        # Compared so that nothing overflows: an offset can be any number below 2**64.
+        inside = (lengths <= np.uint64(end)) & (offsets <= np.uint64(end) - np.minimum(lengths, np.uint64(end)))
+        if layout.compressor == "none":
+            inside &= lengths == layout.chunk_nbytes
+        if not inside.all():
             raise FindingsError(f"{path}: the shard index points outside the file; run `rsmtdf cache verify --deep`")
-        self._offsets = table[..., 0]
+        self._offsets, self._lengths = table[..., 0], table[..., 1]
 
     def read(self, row: int, y: int, x: int, out: NDArray[Any]) -> None:
         """Fill ``out`` ``[h, w, channels]`` with the map of ``row`` from token ``(y, x)`` on; absent = fill value."""
@@ -158,11 +178,19 @@ class ShardReader:
         height, width = out.shape[:2]
         for i in range(y // ch, (y + height - 1) // ch + 1):
             for j in range(x // cw, (x + width - 1) // cw + 1):
-                offset = int(self._offsets[row, i, j])
-                chunk = np.frombuffer(self._map, layout.dtype, ch * cw * channels, offset).reshape(ch, cw, channels)
+                chunk = self._chunk(row, i, j).reshape(ch, cw, channels)
                 y0, y1 = max(y, i * ch), min(y + height, (i + 1) * ch)
                 x0, x1 = max(x, j * cw), min(x + width, (j + 1) * cw)
                 out[y0 - y : y1 - y, x0 - x : x1 - x] = chunk[y0 - i * ch : y1 - i * ch, x0 - j * cw : x1 - j * cw]
+
+    def _chunk(self, row: int, i: int, j: int) -> NDArray[Any]:
+        layout = self.layout
+        offset, length = int(self._offsets[row, i, j]), int(self._lengths[row, i, j])
+        count = layout.chunk_nbytes // layout.dtype.itemsize
+        if layout.compressor == "none":
+            return np.frombuffer(self._map, layout.dtype, count, offset)
+        data = decompress(layout.compressor, self._map[offset : offset + length], layout.chunk_nbytes, str(self.path))
+        return np.frombuffer(data, layout.dtype, count)
 
     def sha256(self) -> str:
         """Return the sha256 of the file as mapped."""

@@ -12,19 +12,30 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 __all__ = [
+    "CropSpec",
     "EncodingSpec",
     "FeatureKey",
     "FeatureSpec",
     "LayerSpec",
     "NumericsProfile",
+    "PhotometrySpec",
     "PixelSpec",
     "TeacherSpec",
     "ViewSpec",
+    "WindowSpec",
     "canonical_json",
     "differing_fields",
     "digest_of",
@@ -56,12 +67,23 @@ def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differing_fields(a, b, f"{prefix}{name}.")
         else:
-            lines.append(f"{prefix}{name}: {a!r} (store) != {b!r} (asked)")
+            # A member at its default is not written (``_Spec.LATER``).
+            shown = [repr(v[name]) if name in v else "its default" for v in (old, new)]
+            lines.append(f"{prefix}{name}: {shown[0]} (store) != {shown[1]} (asked)")
     return lines
 
 
 class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    #: Members that came after the first stores. At their default they are not written, so digests stay what they were.
+    LATER: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = write(self)
+        fields = type(self).model_fields
+        return {k: v for k, v in data.items() if k not in self.LATER or getattr(self, k) != fields[k].default}
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -74,12 +96,18 @@ class _Spec(BaseModel):
 
 
 class PixelSpec(_Spec):
-    """How uint8 RGB becomes a teacher's input: resize rule, then ``(x / 255 - mean) / std``."""
+    """How uint8 RGB becomes a teacher's input: resize rule, then ``(x / 255 - mean) / std``.
+
+    ``align_corners``: the corner pixels of tile and view coincide, as in the released code of RS-MTDF; centres shift.
+    """
+
+    LATER = frozenset({"align_corners"})
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resize: Literal["bilinear", "bicubic"] = "bicubic"
     antialias: bool = True
+    align_corners: bool = False
 
 
 class LayerSpec(_Spec):
@@ -98,6 +126,8 @@ class LayerSpec(_Spec):
 class TeacherSpec(_Spec):
     """Which network, with which weights, reads pixels how. ``weights`` is the digest of the state dict."""
 
+    LATER = frozenset({"positions"})
+
     name: str
     family: str
     architecture: str
@@ -106,35 +136,96 @@ class TeacherSpec(_Spec):
     patch_px: int = Field(gt=0, description="view sides must be multiples of this")
     native_px: int = Field(gt=0, description="side the network was trained at")
     prefix_tokens: int = Field(ge=0, description="class and register tokens, dropped")
+    positions: Literal["antialiased", "released"] = Field(
+        default="antialiased", description="how a trained position embedding is resampled for views of another size"
+    )
     norm: bool = Field(description="whether stored tokens went through the final norm")
     pixel: PixelSpec
     license: str = ""
 
 
-class ViewSpec(_Spec):
-    """A whole tile at one scale and one of the eight orientations of D4 (see ``views.orient``)."""
+_Side = Annotated[int, Field(gt=0, le=2**16)]
 
-    size_px: int = Field(gt=0, le=2**16, description="side of the square the teacher sees")
+
+class CropSpec(_Spec):
+    """A square of tile pixels, in the frame of the oriented tile: rows ``[y, y + side_px)``, columns alike."""
+
+    y: int = Field(ge=0, le=2**16)
+    x: int = Field(ge=0, le=2**16)
+    side_px: _Side
+
+
+class PhotometrySpec(_Spec):
+    """A fixed change of colours, in this order: brightness, contrast, saturation, hue, grey, blur.
+
+    Factors of 1, a hue shift of 0 turns and a blur of 0 px change nothing. See ``photometry.py``.
+    """
+
+    brightness: float = Field(default=1.0, ge=0, le=4)
+    contrast: float = Field(default=1.0, ge=0, le=4)
+    saturation: float = Field(default=1.0, ge=0, le=4)
+    hue: float = Field(default=0.0, ge=-0.5, le=0.5)
+    grey: bool = False
+    blur_px: float = Field(default=0.0, ge=0, le=64)
+
+
+class WindowSpec(_Spec):
+    """The teacher sees windows of ``side_px`` (view pixels) that overlap by ``overlap_px``; seams are blended."""
+
+    side_px: _Side
+    overlap_px: int = Field(ge=0, le=2**16)
+
+    @model_validator(mode="after")
+    def _steps_forward(self) -> Self:
+        if self.overlap_px >= self.side_px:
+            raise ValueError(f"windows of {self.side_px} px cannot overlap by {self.overlap_px} px")
+        return self
+
+
+class ViewSpec(_Spec):
+    """A tile at one scale and in one of the eight orientations of D4 (see ``views.orient``).
+
+    ``size_px``: side of the square that is shown; the teacher sees it at once, or in ``windows``. ``crop``: the part of
+    the oriented tile that is shown, None = all of it. ``photometry``: a change of its colours, None = as it is.
+    """
+
+    LATER = frozenset({"crop", "photometry", "windows"})
+
+    size_px: int = Field(gt=0, le=2**16, description="side of the square view, in view pixels")
     orientation: int = Field(ge=0, le=7)
+    crop: CropSpec | None = None
+    photometry: PhotometrySpec | None = None
+    windows: WindowSpec | None = None
+
+    @property
+    def scale(self) -> str:
+        """Name of the view without its orientation: ``s448``, or ``s5250w518v126`` in windows."""
+        windows = f"w{self.windows.side_px}v{self.windows.overlap_px}" if self.windows else ""
+        return f"s{self.size_px}{windows}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it shows all of the tile in its own colours; others are fixed views with stored parameters."""
+        return self.crop is None and self.photometry is None
 
     @property
     def name(self) -> str:
-        return f"s{self.size_px}o{self.orientation}"
-
-    @classmethod
-    def parse(cls, name: str) -> ViewSpec:
-        """Return the view called ``name``, e.g. ``"s448o0"``; raises ``ValueError``."""
-        found = re.fullmatch(r"s(\d+)o([0-7])", name)
-        if not found:
-            raise ValueError(f"not a view name: {name!r}")
-        return cls(size_px=int(found[1]), orientation=int(found[2]))
+        """Folder name: scale and orientation, for fixed views also 8 digits of the digest of their parameters."""
+        fixed = "" if self.is_whole else "-" + digest_of(self.to_json())[:8]
+        return f"{self.scale}o{self.orientation}{fixed}"
 
 
 class EncodingSpec(_Spec):
-    """How a float feature becomes stored bytes."""
+    """How a float feature becomes stored bytes: a codec with its parameters, then perhaps a byte compressor."""
+
+    LATER = frozenset({"compressor"})
 
     codec: str = "float16"
     parameters: dict[str, float | int | str] = Field(default_factory=dict)
+    compressor: str = "none"
+
+    def __hash__(self) -> int:
+        return hash((self.codec, tuple(sorted(self.parameters.items())), self.compressor))
 
 
 class FeatureKey(_Spec):
@@ -169,19 +260,40 @@ class FeatureSpec(_Spec):
     tile_px: int = Field(gt=0, le=2**16)
     grid: tuple[_Tokens, _Tokens] = Field(description="tokens (height, width) of one tile's map")
 
+    @model_validator(mode="after")
+    def _shows_the_tile(self) -> Self:
+        (y, x), side = self.origin_tile_px, self.shown_px
+        if max(y, x) + side > self.tile_px:
+            raise ValueError(f"a crop of {side} px at ({y}, {x}) leaves the tile of {self.tile_px} px")
+        return self
+
     @property
     def key(self) -> FeatureKey:
         return FeatureKey(teacher=self.teacher.name, view=self.view.name, layer=self.layer.name)
 
     @property
+    def shown_px(self) -> int:
+        """Side of the part of the tile that the view shows, in tile pixels."""
+        return self.view.crop.side_px if self.view.crop else self.tile_px
+
+    @property
+    def origin_tile_px(self) -> tuple[int, int]:
+        """Corner (y, x) of what the view shows, in tile pixels of the oriented frame; ``(0, 0)`` for whole tiles."""
+        return (self.view.crop.y, self.view.crop.x) if self.view.crop else (0, 0)
+
+    @property
     def stride_tile_px(self) -> float:
         """Distance of neighbouring token centres in tile pixels."""
-        return self.layer.stride_px * self.tile_px / self.view.size_px
+        if self.teacher.pixel.align_corners and self.view.size_px != self.shown_px:
+            return self.layer.stride_px * (self.shown_px - 1) / (self.view.size_px - 1)
+        return self.layer.stride_px * self.shown_px / self.view.size_px
 
     @property
     def offset_tile_px(self) -> float:
-        """Centre of token 0 in tile pixels, in the frame of the (oriented) view."""
-        return self.layer.offset_px * self.tile_px / self.view.size_px
+        """Centre of token 0 in tile pixels, counted from ``origin_tile_px``, in the frame of the (oriented) view."""
+        if self.teacher.pixel.align_corners and self.view.size_px != self.shown_px:
+            return (self.layer.offset_px - 0.5) * (self.shown_px - 1) / (self.view.size_px - 1) + 0.5
+        return self.layer.offset_px * self.shown_px / self.view.size_px
 
     def digest(self) -> str:
         """Return the identity of the array (decision 1). Where the weights came from does not count, the bytes do."""

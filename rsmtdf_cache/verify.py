@@ -13,7 +13,7 @@ from rsmtdf_cache.errors import FindingsError, MismatchError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import is_locked, sha256_file
 from rsmtdf_cache.head import content_lost, record_files
-from rsmtdf_cache.layout import StorePaths, shard_layout
+from rsmtdf_cache.layout import PARTS, StorePaths, parts_of, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import Manifest, load_manifest
 from rsmtdf_cache.shard import ShardReader
@@ -107,7 +107,8 @@ def check_shards(
 
 
 def _shard_fault(paths: StorePaths, check: ShardCheck, group_rows: int, deep: bool) -> str | None:
-    place = paths.shard(check.spec.key, check.commit.group)
+    part = check.record.part
+    place = paths.shard(check.spec.key, check.commit.group, part)
     if check.record.path != paths.relative(place):
         return f"the record of {check.spec.key} should name {paths.relative(place)}"
     if place.is_symlink() or not place.is_file():
@@ -118,7 +119,7 @@ def _shard_fault(paths: StorePaths, check: ShardCheck, group_rows: int, deep: bo
     if deep and sha256_file(place) != check.record.sha256:
         return "its bytes are not those that were committed (sha256 differs)"
     try:
-        reader = ShardReader(place, shard_layout(check.spec, group_rows))
+        reader = ShardReader(place, shard_layout(check.spec, group_rows, part))
     except FindingsError as error:
         return str(error).removeprefix(f"{place}: ")
     if reader.present[check.commit.stop - check.commit.start :].any():
@@ -131,11 +132,12 @@ def _row_faults(found: Survey, manifest: Manifest) -> Iterator[Finding]:
     whole = not any(f.path.startswith("ledger/tiles") for f in found.findings)
     for name, units in ledger.commits.items():
         live = {s.layer.name for s in ledger.live(name)}
-        known = {s.layer.name for s in ledger.sets[name].arrays.specs}
+        parts = {s.layer.name: parts_of(s) for s in ledger.sets[name].arrays.specs}
         for group, commit in units.items():
-            first, layers = group * manifest.group_rows, [s.layer for s in commit.shards]
+            first, layers = group * manifest.group_rows, {s.layer for s in commit.shards}
             place = paths.relative(paths.commit(name, group, commit.generation))
-            if not live <= set(layers) <= known or len(set(layers)) != len(layers):
+            wanted = sorted((layer, part) for layer in layers & parts.keys() for part in parts[layer])
+            if not live <= layers <= parts.keys() or sorted((s.layer, s.part) for s in commit.shards) != wanted:
                 yield Finding(place, "does not name every layer of its set once")
             if commit.start != first or not first < commit.stop <= first + manifest.group_rows:
                 yield Finding(place, f"rows {commit.start} to {commit.stop} are not of row group {group}")
@@ -197,17 +199,18 @@ def _unlisted(found: Survey, builder: bool) -> Iterator[Finding]:
     listed |= {paths.relative(p) for p in paths.pins.glob("*.json") if not p.name.startswith(".")}
     listed |= {s.path for known in ledger.generations.values() for c in known.values() for s in c.shards}
     listed |= set(found.head.files) if found.head is not None else set()
-    arrays = {f"zarr/{s.key}/features/c/" for record in ledger.sets.values() for s in record.arrays.specs}
+    specs = [s for record in ledger.sets.values() for s in record.arrays.specs]
+    arrays = {f"zarr/{s.key}/{part}/c/" for s in specs for part in PARTS}
     listed -= {paths.relative(p) for p in (paths.ledger / "tiles").glob("*.parquet")
                if not p.with_suffix(".json").exists()}  # fmt: skip
     lossy = _is_lossy(found)
     for path, is_link in _all_files(paths.root):
-        shard = path.partition("/features/c/")
+        shard = path.partition("/scale/c/" if "/scale/c/" in path else "/features/c/")
         if is_link:
             yield Finding(path, "a link, which a store never holds")
         elif path in listed or (builder and not shard[1]):
             continue
-        elif shard[0] + shard[1] in arrays and re.fullmatch(r"\d+/0/0/0", shard[2]):
+        elif shard[0] + shard[1] in arrays and re.fullmatch(r"\d+/0/0(/0)?", shard[2]):
             if not builder:
                 yield Finding(path, ORPHAN if lossy else LEFT)
         elif found.head is None and path.startswith("zarr/") and not shard[1]:

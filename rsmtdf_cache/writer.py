@@ -11,19 +11,18 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rsmtdf_cache.codecs import load_codec
-from rsmtdf_cache.errors import DataError, MismatchError
+from rsmtdf_cache.array_writer import ArrayWriter
+from rsmtdf_cache.codecs import Codes
+from rsmtdf_cache.errors import MismatchError
 from rsmtdf_cache.files import fsync_folder, link_file, make_folders, no_step, rename_file, sha256_file
-from rsmtdf_cache.layout import ArraySet, StorePaths, shard_layout
-from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
-from rsmtdf_cache.shard import ShardWriter
+from rsmtdf_cache.layout import ArraySet, StorePaths
+from rsmtdf_cache.ledger import Commit, Ledger
 from rsmtdf_cache.specs import NumericsProfile
-from rsmtdf_cache.stats import ChannelStats
 
 __all__ = ["UnitWriter", "clear_drafts"]
 
@@ -57,57 +56,40 @@ class UnitWriter:
         self._folder = ledger.paths.tmp / f"{arrays.id}-{group}.{uuid.uuid4().hex}"
         self._committed = False
         make_folders(self._folder)
-        self._specs = [s for s in arrays.specs if (arrays.id, s.layer.name) not in ledger.dropped]
-        self._codecs = {s.layer.name: load_codec(s.encoding) for s in self._specs}
-        self._shards = {
-            s.layer.name: ShardWriter(self._folder / s.layer.name, shard_layout(s, group_rows)) for s in self._specs
-        }
-        self._stats = {s.layer.name: ChannelStats.empty(s.layer.channels) for s in self._specs}
+        live = [s for s in arrays.specs if (arrays.id, s.layer.name) not in ledger.dropped]
+        self._arrays_of = {s.layer.name: ArrayWriter(self._folder, s, ledger.codec(s), group_rows) for s in live}
 
     def add(self, row: int, tile_id: str, features: Mapping[str, NDArray[np.float32]]) -> int:
         """Add the maps ``{layer: [h, w, D]}`` of ``row`` and return the bytes they take.
 
-        Raises ``DataError`` when a value is not finite, or not in the stored type.
+        Raises ``DataError`` when a value is not finite, or the codec cannot hold it.
         """
-        nbytes = 0
-        for layer, values in features.items():
-            stored = self._codecs[layer].encode(values)
-            nbytes += self._add(layer, row, tile_id, values, stored)
-        return nbytes
+        return sum(self.add_rows(row, tile_id, layer, 0, values) for layer, values in features.items())
 
-    def add_stored(self, row: int, tile_id: str, codes: Mapping[str, NDArray[Any]]) -> int:
-        """Add what another store holds, ``{layer: codes [h, w, D]}``, as it is: nothing is encoded again."""
-        return sum(self._add(layer, row, tile_id, stored, stored) for layer, stored in codes.items())
+    def add_rows(self, row: int, tile_id: str, layer: str, y: int, features: NDArray[np.float32]) -> int:
+        """Add rows ``[n, w, D]`` of the map of one layer, from token row ``y`` on; bands of a map come in order."""
+        return self._arrays_of[layer].add_rows(row - self._first_row, tile_id, y, features)
 
-    def _add(self, layer: str, row: int, tile_id: str, values: NDArray[Any], stored: NDArray[Any]) -> int:
-        decoded = self._codecs[layer].decode(stored)
-        self._refuse_non_finite(layer, tile_id, values, decoded)
-        self._stats[layer].add(decoded)
-        self._shards[layer].add(row - self._first_row, stored)
-        return int(stored.nbytes)
+    def add_stored(self, row: int, tile_id: str, codes: Mapping[str, Codes]) -> int:
+        """Add what another store holds, ``{layer: codes of [h, w]}``, as it is: nothing is encoded again."""
+        here = row - self._first_row
+        return sum(self._arrays_of[layer].add_stored(here, tile_id, values) for layer, values in codes.items())
 
     def commit(self, stop: int) -> Commit:
         """Make the unit durable and known: rows up to ``stop``. Returns the record that counts."""
         after_step(1)
-        digests = {layer: shard.close() for layer, shard in self._shards.items()}
+        for writer in self._arrays_of.values():
+            writer.close()
         after_step(2)
-        places = {s.layer.name: self._ledger.paths.shard(s.key, self._group) for s in self._specs}
-        for layer, place in places.items():
-            self._publish(self._folder / layer, place)
+        paths = self._ledger.paths
+        places = {d: p for w in self._arrays_of.values() for d, p in w.places(paths, self._group).items()}
+        for draft, place in places.items():
+            self._publish(draft, place)
         after_step(3)
         for place in places.values():
             fsync_folder(place.parent)
         after_step(4)
-        shards = tuple(
-            ShardRecord(
-                layer,
-                self._ledger.paths.relative(place),
-                self._shards[layer].nbytes,
-                digests[layer],
-                self._stats[layer],
-            )
-            for layer, place in sorted(places.items())
-        )
+        shards = tuple(record for _, w in sorted(self._arrays_of.items()) for record in w.records(paths, self._group))
         commit = Commit(self._arrays.id, self._group, self._first_row, stop, self._profile, shards)
         commit = self._ledger.add_commit(commit, after_step)
         self._committed = True
@@ -129,26 +111,14 @@ class UnitWriter:
         # These bytes are in no record: a kill left them before their record was published, and nobody has read them.
         rename_file(draft, place)
 
-    def _refuse_non_finite(self, layer: str, tile_id: str, values: NDArray[np.float32], decoded: NDArray[Any]) -> None:
-        bad = int(np.count_nonzero(~np.isfinite(decoded)))
-        if not bad:
-            return
-        here = f"{self._arrays.label}/{layer}, tile {tile_id!r}: {bad} of {decoded.size} values"
-        if np.isfinite(values).all():
-            worst = float(np.abs(values).max())
-            raise DataError(
-                f"{here} do not fit {decoded.dtype} (largest magnitude {worst:.4g}); nothing of this shard was kept"
-            )
-        raise DataError(f"{here} are not finite; try --precision float32, or check the weights")
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for shard in self._shards.values():
-            shard.__exit__(kind, error, trace)
+        for writer in self._arrays_of.values():
+            writer.__exit__(kind, error, trace)
         shutil.rmtree(self._folder, ignore_errors=True)
         if kind is None and self._committed:
             after_step(8)

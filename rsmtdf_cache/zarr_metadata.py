@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from rsmtdf_cache.codecs import Codec
+from rsmtdf_cache.codecs.compressors import zarr_compressor
 from rsmtdf_cache.files import remove_file, replace_file
-from rsmtdf_cache.layout import StorePaths, shard_layout
+from rsmtdf_cache.layout import PARTS, StorePaths, parts_of, shard_layout
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest
 from rsmtdf_cache.specs import FeatureSpec
@@ -43,7 +45,7 @@ def stray_metadata(paths: StorePaths, derived: set[str]) -> list[str]:
     """Return the files below ``zarr/`` that are neither shards of features nor in ``derived``."""
     found = []
     for folder, folders, names in os.walk(paths.zarr):
-        if Path(folder).name == "features":
+        if Path(folder).name in PARTS:
             folders[:] = [f for f in folders if f != "c"]
         found += [(Path(folder) / name).relative_to(paths.zarr).as_posix() for name in names]
     return sorted(set(found) - derived)
@@ -78,32 +80,64 @@ def derived_files(manifest: Manifest, ledger: Ledger) -> dict[str, bytes]:
 
 def _feature_group(root: Any, spec: FeatureSpec, manifest: Manifest, ledger: Ledger, path: str) -> None:
     shard = shard_layout(spec, manifest.group_rows)
+    codec = ledger.codec(spec)
+    projected = codec.affine.gain is not None and codec.affine.gain.ndim == 2
     group = root.require_group(path)
     named = {
         "teacher": spec.teacher.name, "layer": spec.layer.name, "view": spec.view.name,
         "orientation": spec.view.orientation, "stride_tile_px": spec.stride_tile_px,
         "offset_tile_px": spec.offset_tile_px, "codec": spec.encoding.codec,
     }  # fmt: skip
+    if spec.view.crop is not None:
+        named["origin_tile_px"] = list(spec.origin_tile_px)
     long_name = f"{spec.teacher.name} {spec.layer.name}, view {spec.view.name}"
+    more = ledger.sets[ledger.set_of(spec.key)].facts(spec.layer.name)
     group.create_array(
         "features",
-        shape=(len(ledger.table), *spec.grid, spec.layer.channels),
+        shape=(len(ledger.table), *spec.grid, shard.channels),
         chunks=shard.chunk,
         shards=shard.shape,
         dtype=shard.dtype,
         fill_value=shard.fill,
-        compressors=None,
+        compressors=zarr_compressor(spec.encoding.compressor, shard.dtype.itemsize),
         filters=None,
-        dimension_names=AXES,
-        attributes={**named, "long_name": long_name, "digest": spec.digest(), "spec": spec.to_json()},
+        dimension_names=(*AXES[:3], "component") if projected else AXES,
+        attributes={**named, "long_name": long_name, "digest": spec.digest(), "spec": spec.to_json(), **more},
     )
+    if "scale" in parts_of(spec):
+        _add_decoding(group, spec, manifest, ledger, codec, named)
     stats = ledger.stats(spec.key)
-    for name, axis, length in (("y", "y", spec.grid[0]), ("x", "x", spec.grid[1])):
-        centres = spec.offset_tile_px + spec.stride_tile_px * np.arange(length)
-        _array(group, name, centres, (axis,),
+    for axis, name in enumerate("yx"):
+        centres = spec.origin_tile_px[axis] + spec.offset_tile_px + spec.stride_tile_px * np.arange(spec.grid[axis])
+        _array(group, name, centres, (name,),
                "token centre in tile pixels, in the frame of the oriented view", named)  # fmt: skip
     _array(group, "channel_mean", stats.mean, ("channel",), "mean over all committed tokens", named)
     _array(group, "channel_std", stats.std, ("channel",), "standard deviation over all committed tokens", named)
+
+
+def _add_decoding(
+    group: Any, spec: FeatureSpec, manifest: Manifest, ledger: Ledger, codec: Codec, named: Mapping[str, Any]
+) -> None:
+    """Add what turns codes into features: the scale of each token, and the gain and offset of channels."""
+    scale = shard_layout(spec, manifest.group_rows, "scale")
+    group.create_array(
+        "scale",
+        shape=(len(ledger.table), *spec.grid),
+        chunks=scale.chunk[:3],
+        shards=scale.shape[:3],
+        dtype=scale.dtype,
+        fill_value=scale.fill,
+        compressors=None,
+        filters=None,
+        dimension_names=AXES[:3],
+        attributes={**named, "long_name": "scale of each token; NaN where there is none"},
+    )
+    gain, offset = codec.affine.gain, codec.affine.offset
+    if gain is not None:
+        axes = ("channel",) if gain.ndim == 1 else ("component", "channel")
+        _array(group, "gain", gain, axes, "features = (features * scale) times this, plus offset", named)
+    if offset is not None:
+        _array(group, "offset", offset, ("channel",), "what is added last", named)
 
 
 def _column(group: Any, name: str, values: list[str], text: str) -> None:

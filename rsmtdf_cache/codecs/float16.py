@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from rsmtdf_cache.codecs.base import Codec
+from rsmtdf_cache.codecs.base import Affine, Codec, Codes
 
 __all__ = ["Float16"]
 
@@ -18,11 +16,11 @@ class Float16(Codec):
     dtype = np.dtype("<f2")
     fill = float("nan")
 
-    def encode(self, features: NDArray[np.float32]) -> NDArray[Any]:
+    def encode(self, features: NDArray[np.float32]) -> Codes:
         """Return float16 rounded to nearest even; overflow becomes infinite (the writer refuses it)."""
         with np.errstate(over="ignore"):
-            return features.astype(self.dtype)
+            return Codes(features.astype(self.dtype))
 
-    def decode(self, stored: NDArray[Any]) -> NDArray[np.float16]:
-        """Return ``stored`` itself."""
-        return stored
+    @property
+    def affine(self) -> Affine:
+        return Affine()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rsmtdf_cache.errors import FindingsError, MismatchError, UsageError
-from rsmtdf_cache.layout import shard_layout
+from rsmtdf_cache.layout import parts_of, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger
 from rsmtdf_cache.manifest import Manifest
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec, differing_fields
@@ -53,7 +53,7 @@ def check_stats(ledger: Ledger, commit: Commit, where: str) -> Commit:
     complete = ledger.complete(commit)
     channels = {s.layer.name: s.layer.channels for s in ledger.sets[commit.set_id].arrays.specs}
     for shard in complete.shards:
-        if not _sound(shard.stats, channels[shard.layer]):
+        if not _sound(shard.stats, channels[shard.layer] if shard.part == "features" else 0):
             raise _hostile(where, f"the statistics of {shard.path}")
     return complete
 
@@ -82,6 +82,8 @@ def refuse_other_store(here: tuple[Manifest, Ledger], there: tuple[Manifest, Led
         if specs[key].digest() != spec.digest():
             lines += [f"{key}: {line}" for line in differing_fields(specs[key].to_json(), spec.to_json())]
     for name in set(ours.sets) & set(theirs.sets):
+        if ours.sets[name].calibrations != theirs.sets[name].calibrations:
+            lines.append(f"calibration of {ours.sets[name].arrays.label}: another one was used for its codes")
         a_profile, b_profile = ours.sets[name].profile, theirs.sets[name].profile
         lines += [f"numerics: {line}" for line in differing_fields(b_profile.to_json(), a_profile.to_json())]
     if lines:
@@ -111,17 +113,23 @@ def _check_commit(
     first, stop = commit.group * rows, min((commit.group + 1) * rows, len(ledger.table))
     if commit.start != first or not first < commit.stop <= stop or not 0 <= commit.generation < 10**8:
         raise _hostile(where, f"rows {commit.start} to {commit.stop} of the unit {unit}")
-    layers = [s.layer for s in commit.shards]
-    if not layers or len(set(layers)) != len(layers) or not set(layers) <= set(specs):
+    layers = {s.layer for s in commit.shards}
+    if not layers or not layers <= set(specs):
         raise _hostile(where, f"the layers of the unit {unit}")
+    try:
+        parts = sorted((layer, part) for layer in layers for part in parts_of(specs[layer]))
+    except UsageError as error:
+        raise MismatchError(f"{where}: {error} A newer rsmtdf may know it") from None
+    if sorted((s.layer, s.part) for s in commit.shards) != parts:
+        raise _hostile(where, f"the shards of the unit {unit}")
     for shard in commit.shards:
         spec = specs[shard.layer]
-        expected = ledger.paths.relative(ledger.paths.shard(spec.key, commit.group))
-        try:
-            layout = shard_layout(spec, rows)
-        except UsageError as error:
-            raise MismatchError(f"{where}: {error} A newer rsmtdf may know it") from None
+        expected = ledger.paths.relative(ledger.paths.shard(spec.key, commit.group, shard.part))
+        layout = shard_layout(spec, rows, shard.part)
         tiles, rest = divmod(shard.nbytes - layout.index_nbytes, layout.row_nbytes)
+        if layout.compressor != "none":  # a compressor can make little of noise, and some more
+            most = 2 * layout.row_nbytes * (commit.stop - commit.start)
+            tiles, rest = 0, not 0 <= shard.nbytes - layout.index_nbytes <= most
         if shard.path != expected or not _HEX64.fullmatch(shard.sha256):
             raise _hostile(where, f"the shard {shard.path[:80]!r} of {spec.key}")
         if rest or not 0 <= tiles <= commit.stop - commit.start:

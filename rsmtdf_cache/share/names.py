@@ -13,7 +13,8 @@ HEAD = "ledger/head.json"
 MANIFEST = "manifest.json"
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}"
-_SHARD = re.compile(rf"zarr/{_PART}/{_PART}/{_PART}/features/c/(?:0|[1-9]\d{{0,9}})/0/0/0")
+_GROUP = r"(?:0|[1-9]\d{0,9})"
+_SHARD = re.compile(rf"zarr/{_PART}/{_PART}/{_PART}/(?:features/c/{_GROUP}/0/0/0|scale/c/{_GROUP}/0/0)")
 _METADATA = re.compile(rf"zarr/(?:{_PART}/){{0,5}}(?:zarr\.json|c(?:/\d{{1,10}}){{1,4}})")
 _RECORD = re.compile(
     r"""manifest\.json
@@ -22,6 +23,7 @@ _RECORD = re.compile(
         | sets/[0-9a-f]{16}\.json
         | commits/[0-9a-f]{16}/\d{8}(?:-\d{1,8})?\.json
         | segments/[0-9a-f]{64}\.parquet
+        | calibrations/[0-9a-f]{64}\.safetensors
         | snapshots/[0-9a-f]{64}\.json )""",
     re.VERBOSE,
 )
@@ -44,12 +46,12 @@ def checked_name(name: object) -> str:
 
 
 def is_shard(name: str) -> bool:
-    """Whether ``name`` is a feature shard."""
+    """Whether ``name`` is a shard, of features or of scales."""
     return _SHARD.fullmatch(name) is not None
 
 
 def is_metadata(name: str) -> bool:
-    """Whether ``name`` is Zarr metadata or a derived array (not a feature shard)."""
+    """Whether ``name`` is Zarr metadata or a derived array (not a shard)."""
     return not is_shard(name) and _METADATA.fullmatch(name) is not None
 
 

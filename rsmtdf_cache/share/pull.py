@@ -258,6 +258,8 @@ class _Copy:
             self._publish_file(record.with_suffix(".parquet"), place.with_suffix(".parquet"))
             self._publish_file(record, place)
         for name in self.plan.arrays:
+            for digest in self.staged.ledger.sets[name].calibrations.values():
+                self._publish_file(source.calibration(digest), self.paths.calibration(digest))
             self._publish_file(source.array_set(name), self.paths.array_set(name))
 
     def _publish_file(self, record: Path, place: Path) -> None:

@@ -152,6 +152,8 @@ class _Push:
                 self._record(record.with_suffix(".parquet"))
                 self._record(record)
         for name in self.plan.arrays:
+            for digest in self.source.ledger.sets[name].calibrations.values():
+                self._record(source.calibration(digest))
             self._record(source.array_set(name))
         try:
             manifest, ledger = load_manifest(self.paths), Ledger.load(self.paths)

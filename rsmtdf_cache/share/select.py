@@ -151,7 +151,7 @@ def _plan_set(
             moved = _missing(plan, commit, there, layers, fresh)
             if groups is None or group in groups:
                 known_shards = tuple(
-                    s for s in commit.shards if s.layer in set(chosen) - fresh and there.shard(s.layer)
+                    s for s in commit.shards if s.layer in set(chosen) - fresh and there.shard(s.layer, s.part)
                 )
                 plan.held.append(Unit(commit, known_shards, is_new=False))
             if not moved:
@@ -183,19 +183,22 @@ def _held_elsewhere(plan: CopyPlan, source: Ledger, target: Ledger, spec: Featur
         return False
     theirs = target.commits[target.set_of(spec.key)]
     for group, commit in sorted(source.commits[source.set_of(spec.key)].items()):
-        shard = commit.shard(spec.layer.name)
-        if shard is None or (groups is not None and group not in groups):
+        layer = spec.layer.name
+        if commit.shard(layer) is None or (groups is not None and group not in groups):
             continue
-        there = theirs[group].shard(spec.layer.name) if group in theirs else None
-        if there is None or theirs[group].stop < commit.stop:
+        there = theirs.get(group)
+        if there is None or there.shard(layer) is None or there.stop < commit.stop:
             raise MismatchError(
                 f"{spec.key}: the target built it together with other layers than the source, and lacks its row group "
                 f"{group}; nothing was written. Unite the two with `rsmtdf cache merge`, or choose another place"
             )
-        if theirs[group].stop == commit.stop:  # else the target has grown since
-            if there.sha256 != shard.sha256:
-                raise _other_bytes(shard.path)
-            plan.held.append(Unit(commit, (shard,), is_new=False))
+        if there.stop == commit.stop:  # else the target has grown since
+            shards = tuple(s for s in commit.shards if s.layer == layer)
+            for shard in shards:
+                other = there.shard(layer, shard.part)
+                if other is None or other.sha256 != shard.sha256:
+                    raise _other_bytes(shard.path)
+            plan.held.append(Unit(commit, shards, is_new=False))
         plan.units_before += 1
     return True
 
@@ -208,7 +211,7 @@ def _missing(
     for shard in commit.shards:
         if shard.layer not in layers:
             continue
-        other = there.shard(shard.layer)
+        other = there.shard(shard.layer, shard.part)
         if other is None:
             plan.notes.append(f"{shard.path}: the target has this unit without the layer {shard.layer}; left out")
         elif (other.path, other.nbytes, other.sha256) != (shard.path, shard.nbytes, shard.sha256):

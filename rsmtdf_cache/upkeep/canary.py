@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rsmtdf_cache.codecs import load_codec
-from rsmtdf_cache.encode import TileReader
+from rsmtdf_cache.codecs import Codec, Codes
+from rsmtdf_cache.encode import TileReader, encode_batch
 from rsmtdf_cache.errors import DataError, FindingsError, MismatchError
 from rsmtdf_cache.events import EventSink, Warned, ignore_events
 from rsmtdf_cache.files import sha256_file
-from rsmtdf_cache.layout import ArraySet, shard_layout
+from rsmtdf_cache.layout import ArraySet, Part, parts_of, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger
+from rsmtdf_cache.quality import token_cosines
 from rsmtdf_cache.shard import ShardReader
-from rsmtdf_cache.specs import EncodingSpec, FeatureSpec, NumericsProfile, TeacherSpec, differing_fields
+from rsmtdf_cache.specs import FeatureSpec, NumericsProfile, TeacherSpec, differing_fields
 from rsmtdf_cache.teachers.base import Teacher
-from rsmtdf_cache.views import orient
 
 __all__ = [
     "CanaryResult",
@@ -98,7 +98,7 @@ def check_canary(
         arrays, profile = ArraySet(tuple(specs)), profile_here(record.profile, teacher)
         for row, maps in encode_again(teacher, arrays, rows, profile, reader):
             for spec in specs:
-                like = compare_maps(maps[spec.layer.name], codes.read(spec, row), spec.encoding)
+                like = compare_maps(maps[spec.layer.name], codes.read(spec, row), ledger.codec(spec))
                 tile = ledger.table.record(row).id
                 if not like.alike:
                     raise MismatchError(_alarm(ledger, record.profile, spec, tile, like, teacher))
@@ -131,18 +131,11 @@ def encode_again(
     teacher: Teacher, arrays: ArraySet, rows: Sequence[int], profile: NumericsProfile, reader: TileReader
 ) -> Iterator[tuple[int, Float32Maps]]:
     """Yield ``(row, {layer: [h, w, D] float32})``, encoded in micro-batches like ``encode_unit`` does."""
-    view, layers, size = arrays.specs[0].view, [s.layer.name for s in arrays.specs], profile.micro_batch
-    threads = torch.get_num_threads()
+    view, layers = arrays.specs[0].view, [s.layer.name for s in arrays.specs]
+    size = 1 if view.windows is not None else profile.micro_batch  # maps of large tiles come one at a time
     for start in range(0, len(rows), size):
         batch = list(rows[start : start + size])
-        tiles = [orient(reader.read(row), view.orientation) for row in batch]
-        tiles += [tiles[-1]] * (size - len(tiles))
-        torch.set_num_threads(profile.threads)
-        try:
-            found = teacher.encode(torch.from_numpy(np.stack(tiles)), view.size_px, layers, profile.precision)
-            maps = {layer: values.cpu().numpy() for layer, values in found.items()}
-        finally:
-            torch.set_num_threads(threads)
+        maps = encode_batch(teacher, view, layers, [reader.read(row) for row in batch], profile)
         for i, row in enumerate(batch):
             yield row, {layer: values[i] for layer, values in maps.items()}
 
@@ -161,33 +154,32 @@ class StoredCodes:
         self._ledger, self._group_rows = ledger, group_rows
         self._shards: dict[str, ShardReader] = {}
 
-    def read(self, spec: FeatureSpec, row: int) -> NDArray[Any]:
-        """Return the codes ``[h, w, D]`` of ``row``. Raises ``FindingsError`` when its shard is missing or damaged."""
+    def read(self, spec: FeatureSpec, row: int) -> Codes:
+        """Return the codes ``[h, w, C]`` of ``row``. Raises ``FindingsError`` when a shard is missing or damaged."""
+        parts = {part: self._part(spec, row, part) for part in parts_of(spec)}
+        return Codes(parts["features"], parts["scale"][..., 0] if "scale" in parts else None)
+
+    def _part(self, spec: FeatureSpec, row: int, part: Part) -> NDArray[Any]:
         group = row // self._group_rows
         commit = self._ledger.commits[self._ledger.set_of(spec.key)][group]
-        record, place = commit.shard(spec.layer.name), self._ledger.paths.shard(spec.key, group)
-        layout = shard_layout(spec, self._group_rows)
+        record, place = commit.shard(spec.layer.name, part), self._ledger.paths.shard(spec.key, group, part)
+        layout = shard_layout(spec, self._group_rows, part)
         if str(place) not in self._shards:
             if record is None or not place.is_file() or sha256_file(place) != record.sha256:
                 raise FindingsError(f"{place}: missing or damaged; run `rsmtdf cache verify --repair` on the store")
             self._shards[str(place)] = ShardReader(place, layout)
-        out = np.empty((*spec.grid, spec.layer.channels), layout.dtype)
+        out = np.empty((*spec.grid, layout.channels), layout.dtype)
         self._shards[str(place)].read(row - commit.start, 0, 0, out)
         return out
 
 
-def compare_maps(fresh: NDArray[np.float32], stored: NDArray[Any], encoding: EncodingSpec) -> Likeness:
+def compare_maps(fresh: NDArray[np.float32], stored: Codes, codec: Codec) -> Likeness:
     """Return how alike a map encoded just now ``[h, w, D]`` and stored codes are; both go through the codec."""
-    codec = load_codec(encoding)
     codes = codec.encode(fresh)
     a, b = (codec.decode(c).astype(np.float64) for c in (codes, stored))
-    lengths = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
-    product = lengths[0] * lengths[1]
-    silent = (lengths[0] == 0) & (lengths[1] == 0)  # two zero vectors are alike
-    cosines = np.where(silent, 1.0, (a * b).sum(-1) / np.where(product == 0, 1.0, product))
     total = float(np.linalg.norm(b))
     length = abs(float(np.linalg.norm(a)) - total) / total if total else float(np.linalg.norm(a))
-    return Likeness(float(cosines.mean()), length, codes.tobytes() == stored.tobytes())
+    return Likeness(float(token_cosines(a, b).mean()), length, codes.tobytes() == stored.tobytes())
 
 
 def _smallest(ledger: Ledger, units: Sequence[Commit]) -> Iterator[int]:

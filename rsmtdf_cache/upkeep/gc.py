@@ -82,7 +82,7 @@ def drop_arrays(root: Path | str, patterns: Iterable[str], on_event: EventSink =
         ledger = load_whole(paths)
         list_pins(paths.root)  # a damaged one is told before anything changes
         keys = match_keys(ledger.specs(), patterns)
-        nbytes = sum(s.nbytes for key in keys for s in ledger.shards(key).values())
+        nbytes = sum(s.nbytes for key in keys for s in ledger.all_shards(key))
         ledger.drop([(ledger.set_of(key), key.layer) for key in keys])
         write_head(paths, manifest, ledger)
         plan = plan_of(paths, ledger, alone=True)

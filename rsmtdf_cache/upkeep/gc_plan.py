@@ -13,7 +13,7 @@ from typing import Any
 from rsmtdf_cache.errors import FindingsError, MismatchError
 from rsmtdf_cache.files import is_locked
 from rsmtdf_cache.head import find_snapshot, load_whole
-from rsmtdf_cache.layout import StorePaths
+from rsmtdf_cache.layout import PARTS, StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.segment import read_segment_commits
@@ -124,6 +124,9 @@ def plan_of(paths: StorePaths, ledger: Ledger, alone: bool) -> GcPlan:
             if (name, group, generation) not in plan.units:
                 place = paths.commit(name, group, generation)
                 plan.files += _doomed(paths, [place], _SUPERSEDED if name in sets else _DROPPED)
+    needed = {d for name in sets for d in ledger.sets[name].calibrations.values()}
+    calibrations = sorted(paths.calibration("*").parent.glob("*.safetensors"))
+    plan.files += _doomed(paths, [p for p in calibrations if p.stem not in needed and alone], _DROPPED)
     for path in sorted(paths.segments.glob("*.parquet")):
         if any((c.set_id, c.group, c.generation) not in plan.units for c in read_segment_commits(path)):
             plan.rewritten.append(paths.relative(path))
@@ -178,7 +181,7 @@ def _doomed(paths: StorePaths, files: Iterable[Path], reason: str) -> Iterator[D
 
 def _shard_files(paths: StorePaths) -> Iterator[Path]:
     """Yield every file that lies where shards lie. Metadata lies beside ``c``, never in it."""
-    for folder in sorted(paths.zarr.glob("*/*/*/features/c")):
+    for folder in sorted(f for part in PARTS for f in paths.zarr.glob(f"*/*/*/{part}/c")):
         yield from sorted(p for p in folder.rglob("*") if p.is_symlink() or p.is_file())
 
 
@@ -186,7 +189,7 @@ def _draft_files(paths: StorePaths) -> Iterator[Path]:
     yield from sorted(p for p in paths.tmp.rglob("*") if p.is_file())
     for top in (paths.ledger, paths.zarr, paths.pins):
         for folder, _, names in os.walk(top):
-            shards = "/features/c" in folder  # ``_shard_files`` sees to those
+            shards = any(f"/{part}/c" in folder for part in PARTS)  # ``_shard_files`` sees to those
             yield from sorted(Path(folder, name) for name in names if not shards and _DRAFT.fullmatch(name))
     for file in sorted((paths.ledger / "tiles").glob("*.parquet")):
         if not file.name.startswith(".") and not file.with_suffix(".json").is_file():

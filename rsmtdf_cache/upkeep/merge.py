@@ -29,7 +29,7 @@ from rsmtdf_cache.files import (
     sha256_file,
 )
 from rsmtdf_cache.head import load_whole, write_head
-from rsmtdf_cache.layout import StorePaths
+from rsmtdf_cache.layout import StorePaths, parts_of
 from rsmtdf_cache.ledger import Commit
 from rsmtdf_cache.manifest import Manifest, create_manifest, load_manifest, refuse_foreign_content
 from rsmtdf_cache.specs import FeatureKey
@@ -223,7 +223,10 @@ class _Merge:
                 self.ledger.add_tiles(first_row, records)
         for planned in plan.sets:
             if planned.arrays.id not in self.ledger.sets:
-                self.ledger.add_set(planned.arrays, planned.profile)
+                for calibration in planned.calibrations.values():
+                    self.ledger.add_calibration(calibration)
+                digests = {layer: c.digest for layer, c in planned.calibrations.items()}
+                self.ledger.add_set(planned.arrays, planned.profile, digests, planned.quality)
         self.quarantine()
         write_head(paths, manifest, self.ledger, final=False)
         self.on_event(ProgressStart("merge", "merging", len(plan.own) + len(plan.units), unit="units"))
@@ -265,14 +268,13 @@ class _Merge:
         shards = []
         for spec in sorted(planned.specs, key=lambda s: s.layer.name):
             self.check(self.plan.a, spec.key, commit.group)
-            shard = commit.shard(spec.layer.name)
-            if shard is not None:
-                shards.append(replace(shard, stats=ledger.stats_of(commit, shard.layer)))
+            shards += [s for s in ledger.complete(commit).shards if s.layer == spec.layer.name]
         with _drafts(self.paths) as folder:
             places = []
-            for spec in planned.specs:
-                draft, place = folder / spec.layer.name, self.paths.shard(spec.key, commit.group)
-                self.report.nbytes += _second_name(self.plan.a.store.paths.shard(spec.key, commit.group), draft)
+            for spec, part in ((s, part) for s in planned.specs for part in parts_of(s)):
+                draft = folder / f"{spec.layer.name}.{part}"
+                place = self.paths.shard(spec.key, commit.group, part)
+                self.report.nbytes += _second_name(self.plan.a.store.paths.shard(spec.key, commit.group, part), draft)
                 make_folders(place.parent)
                 if not link_file(draft, place):
                     rename_file(draft, place)  # left by a kill before its record: nobody has read it
@@ -319,15 +321,16 @@ class _Merge:
         """Compare a shard that will be read with its record, once a merge. Raises ``FindingsError``."""
         if (source.name, key, group) in self.checked:
             return
-        place = source.store.paths.shard(key, group)
-        record = source.shard(key, group)
-        if record.path != source.store.paths.relative(place):
-            raise FindingsError(f"{source.store.path}: the record of {key}, row group {group} names {record.path}")
-        if not place.is_file() or sha256_file(place) != record.sha256:
-            raise FindingsError(
-                f"{place}: missing, or its bytes are not those committed (sha256 differs); nothing of this unit was "
-                "merged; mend it with `rsmtdf cache verify --repair`, then run the same command again"
-            )
+        for part in parts_of(source.specs[key]):
+            place = source.store.paths.shard(key, group, part)
+            record = source.shard(key, group, part)
+            if record.path != source.store.paths.relative(place):
+                raise FindingsError(f"{source.store.path}: the record of {key}, row group {group} names {record.path}")
+            if not place.is_file() or sha256_file(place) != record.sha256:
+                raise FindingsError(
+                    f"{place}: missing, or its bytes are not those committed (sha256 differs); nothing of this unit "
+                    "was merged; mend it with `rsmtdf cache verify --repair`, then run the same command again"
+                )
         self.checked.add((source.name, key, group))
 
 

@@ -7,12 +7,14 @@ has the features, or stays pending. Words: A and B are the stores that are merge
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from rsmtdf_cache.layout import ArraySet, shard_layout
+from rsmtdf_cache.codecs import Calibration
+from rsmtdf_cache.layout import ArraySet, Part, unit_nbytes
 from rsmtdf_cache.ledger import Commit, ShardRecord
+from rsmtdf_cache.quality import Quality
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec, NumericsProfile, differing_fields
 from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cache.tiles import TileRecord, TileTable
@@ -49,12 +51,17 @@ class Source:
         found = self._commits.get(key, {}).get(row // self.store.manifest.group_rows)
         return found if found is not None and found.start <= row < found.stop else None
 
-    def shard(self, key: FeatureKey, group: int) -> ShardRecord:
+    def shard(self, key: FeatureKey, group: int, part: Part = "features") -> ShardRecord:
         """Return the record of a shard of the store. Raises ``KeyError`` when there is none."""
-        found = self._commits[key][group].shard(key.layer)
+        found = self._commits[key][group].shard(key.layer, part)
         if found is None:
             raise KeyError(group)
         return found
+
+    def calibration(self, key: FeatureKey) -> str:
+        """Return the digest of the calibration of ``key``, empty for codecs that have none."""
+        ledger = self.store.ledger
+        return ledger.sets[ledger.set_of(key)].calibrations.get(key.layer, "")
 
     def rows(self, record: TileRecord) -> list[int]:
         """Return the rows with the pixels of ``record``, the one with its id first."""
@@ -67,12 +74,17 @@ Offers = dict[NumericsProfile, tuple[Source, int]]
 
 @dataclass(frozen=True)
 class PlannedSet:
-    """An array set of the result: ``specs`` are its arrays that are not dropped; ``own``: the set of A that it is."""
+    """An array set of the result: ``specs`` are its arrays that are not dropped; ``own``: the set of A that it is.
+
+    ``calibrations`` and ``quality``: of its layers, as the store that it comes from has them.
+    """
 
     arrays: ArraySet
     specs: tuple[FeatureSpec, ...]
     profile: NumericsProfile
     own: str | None
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict, compare=False, hash=False)
+    quality: Mapping[str, Quality] = field(default_factory=dict, compare=False, hash=False)
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class PlannedUnit:
 
     def nbytes(self, group_rows: int) -> int:
         """Bytes of its shards."""
-        return sum(shard_layout(s, group_rows).nbytes(len(self.rows)) for s in self.arrays.specs)
+        return sum(unit_nbytes(s, group_rows, len(self.rows)) for s in self.arrays.specs)
 
 
 @dataclass
@@ -146,6 +158,11 @@ def conflicts(a: Source, b: Source) -> list[str]:
     for key in sorted(set(a.specs) & set(b.specs), key=str):
         if a.specs[key].digest() != b.specs[key].digest():
             found += [f"array {key}: {line}" for line in spec_difference(a.specs[key], b.specs[key])]
+        elif a.calibration(key) != b.calibration(key):
+            found.append(
+                f"array {key}: calibrated differently, {a.calibration(key)[:12]} (A) != {b.calibration(key)[:12]} (B); "
+                "codes are never quantised again: build one of them with --calibration of the other"
+            )
     return found
 
 
@@ -165,11 +182,20 @@ def _sets(a: Source, b: Source, into_a: bool) -> Iterator[PlannedSet]:
     for name, record in a.store.ledger.sets.items():
         live = tuple(a.store.ledger.live(name))
         if live:
-            yield PlannedSet(record.arrays if into_a else ArraySet(live), live, record.profile, name)
+            arrays = record.arrays if into_a else ArraySet(live)
+            yield PlannedSet(arrays, live, record.profile, name, *_known_of(a, name, arrays))
     for name, record in b.store.ledger.sets.items():
         new = tuple(s for s in b.store.ledger.live(name) if s.key not in a.specs)
         if new:
-            yield PlannedSet(ArraySet(new), new, record.profile, None)
+            yield PlannedSet(ArraySet(new), new, record.profile, None, *_known_of(b, name, ArraySet(new)))
+
+
+def _known_of(source: Source, name: str, arrays: ArraySet) -> tuple[dict[str, Calibration], dict[str, Quality]]:
+    """Return calibrations and quality, by layer, that the set ``name`` of a store has for ``arrays``."""
+    ledger = source.store.ledger
+    record, layers = ledger.sets[name], {s.layer.name for s in arrays.specs}
+    calibrations = {layer: ledger.calibration(d) for layer, d in record.calibrations.items() if layer in layers}
+    return calibrations, {layer: q for layer, q in record.quality.items() if layer in layers}
 
 
 def _add_tiles(plan: MergePlan, group_rows: int) -> None:

@@ -126,7 +126,7 @@ def list_pins(root: Path | str) -> list[Pin]:
 
 def named_shards(ledger: Ledger) -> dict[str, int]:
     """Return ``{path below the store: bytes}`` of every shard that ``ledger`` shows."""
-    return {shard.path: shard.nbytes for key in ledger.specs() for shard in ledger.shards(key).values()}
+    return {shard.path: shard.nbytes for key in ledger.specs() for shard in ledger.all_shards(key)}
 
 
 def doomed_record(paths: StorePaths) -> Path:

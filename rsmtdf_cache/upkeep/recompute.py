@@ -76,11 +76,11 @@ class TeacherShelf:
         name = "timm:" + spec.name.removeprefix("timm-") if spec.name.startswith("timm-") else spec.name
         if asked is not None:
             weights = "none" if asked.pretrained == "none" else asked.weights
-            request = TeacherRequest(name, weights, asked.seed)
+            request = TeacherRequest(name, weights, asked.seed, positions=spec.positions)
         elif origin.startswith("seed ") and origin[5:].isdecimal():
-            request = TeacherRequest(name, "none", int(origin[5:]))
+            request = TeacherRequest(name, "none", int(origin[5:]), positions=spec.positions)
         else:
-            request = TeacherRequest(name)
+            request = TeacherRequest(name, positions=spec.positions)
         if self._load is None:
             from rsmtdf_cache.teachers import load as load_by_name
 
@@ -136,12 +136,12 @@ def recompute_sample(
         recorded = ledger.commits[set_id][row // manifest.group_rows].profile
         teacher = shelf.teacher(arrays.specs[0].teacher)
         profile = profile_here(recorded, teacher)
-        batch = _batch_of(ledger, row, manifest.group_rows, profile.micro_batch)
+        batch = _batch_of(ledger, set_id, row, manifest.group_rows, profile.micro_batch)
         maps = dict(encode_again(teacher, arrays, batch, profile, reader))[row]
         for spec in arrays.specs:
             key = str(spec.key)
             try:
-                like = compare_maps(maps[spec.layer.name], codes.read(spec, row), spec.encoding)
+                like = compare_maps(maps[spec.layer.name], codes.read(spec, row), ledger.codec(spec))
             except FindingsError as error:
                 faults.append(Finding(paths.relative(paths.shard(spec.key, row // manifest.group_rows)), str(error)))
                 continue
@@ -186,15 +186,17 @@ def _at_hand(ledger: Ledger, group_rows: int, reader: TileReader) -> Iterator[tu
     for name, row in _spread(ledger, group_rows):
         size = ledger.commits[name][row // group_rows].profile.micro_batch
         try:
-            for other in _batch_of(ledger, row, group_rows, size):
+            for other in _batch_of(ledger, name, row, group_rows, size):
                 reader.read(other)
         except (MismatchError, DataError):
             continue
         yield name, row
 
 
-def _batch_of(ledger: Ledger, row: int, group_rows: int, size: int) -> list[int]:
-    """Return the rows of the micro-batch in which a build encodes ``row``."""
+def _batch_of(ledger: Ledger, set_id: str, row: int, group_rows: int, size: int) -> list[int]:
+    """Return the rows of the micro-batch in which a build encodes ``row``: in windows, each tile has its own."""
+    if ledger.live(set_id)[0].view.windows is not None:
+        return [row]
     rows = rows_of_group(ledger.table, row // group_rows, group_rows)
     start = rows.index(row) // size * size
     return rows[start : start + size]

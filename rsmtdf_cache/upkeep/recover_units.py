@@ -5,19 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
-from rsmtdf_cache.codecs import load_codec
+from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError
 from rsmtdf_cache.files import read_json, sha256_file
 from rsmtdf_cache.head import Head
-from rsmtdf_cache.layout import StorePaths, set_id, shard_layout
+from rsmtdf_cache.layout import StorePaths, parts_of, set_id, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import Manifest
 from rsmtdf_cache.shard import ShardReader
@@ -63,7 +63,8 @@ def recover_sets(paths: StorePaths) -> list[Repaired]:
         elif arrays is not None and profiles:
             profile = profiles.most_common(1)[0][0]
             ways: Iterator[Sequence[FeatureSpec]] = itertools.islice(itertools.permutations(arrays), 720)
-            bodies = [{"arrays": [s.to_json() for s in way], "profile": profile.to_json()} for way in ways]
+            more = _set_facts(arrays, [*_zarr_attributes(paths), *_dropped_facts(paths)])
+            bodies = [{"arrays": [s.to_json() for s in way], "profile": profile.to_json(), **more} for way in ways]
             if not any(propose(paths, place, body, head) for body in bodies):
                 propose(paths, place, bodies[0], head, proven=True)
             done.append(
@@ -76,24 +77,39 @@ def _has_commits(paths: StorePaths, name: str) -> bool:
     return any(True for _ in (paths.ledger / "commits" / name).glob("*.json")) or any(paths.segments.glob("*.parquet"))
 
 
-def _zarr_specs(paths: StorePaths) -> dict[str, FeatureSpec]:
-    """Return every spec that zarr metadata repeats, by digest: from the arrays' own files and the root's."""
+def _set_facts(specs: Sequence[FeatureSpec], attributes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a set record says beside arrays and profile, as the zarr metadata repeats it."""
+    layers = {s.digest(): s.layer.name for s in specs}
+    facts: dict[str, dict[str, Any]] = {}
+    for found in attributes:
+        for member, name in (("calibration", "calibrations"), ("quality", "quality")):
+            if member in found and found.get("digest") in layers:
+                facts.setdefault(name, {})[layers[found["digest"]]] = found[member]
+    return facts
+
+
+def _zarr_attributes(paths: StorePaths) -> list[dict[str, Any]]:
+    """Return the attributes of every array of features, from the arrays' own files and the root's."""
     nodes: list[Any] = []
     for path in sorted(paths.zarr.glob("*/*/*/features/zarr.json")):
         nodes.append(_json(path))
     root = _json(paths.zarr / "zarr.json")
     if isinstance(root, dict) and isinstance(root.get("consolidated_metadata"), dict):
         nodes += list((root["consolidated_metadata"].get("metadata") or {}).values())
+    attributes = [node.get("attributes") for node in nodes if isinstance(node, dict)]
+    return [a for a in attributes if isinstance(a, dict) and "spec" in a]
+
+
+def _zarr_specs(paths: StorePaths) -> dict[str, FeatureSpec]:
+    """Return every spec that zarr metadata repeats, by digest."""
     specs = _dropped_specs(paths)
-    for node in nodes:
-        attributes = node.get("attributes") if isinstance(node, dict) else None
-        if isinstance(attributes, dict) and "spec" in attributes:
-            try:
-                spec = FeatureSpec.from_json(attributes["spec"])
-            except ValidationError:
-                continue
-            if spec.digest() == attributes.get("digest"):
-                specs[spec.digest()] = spec
+    for attributes in _zarr_attributes(paths):
+        try:
+            spec = FeatureSpec.from_json(attributes["spec"])
+        except ValidationError:
+            continue
+        if spec.digest() == attributes.get("digest"):
+            specs[spec.digest()] = spec
     return specs
 
 
@@ -104,6 +120,14 @@ def _dropped_specs(paths: StorePaths) -> dict[str, FeatureSpec]:
     except (OSError, FindingsError, ValidationError, TypeError):
         return {}
     return {spec.digest(): spec for spec in specs}
+
+
+def _dropped_facts(paths: StorePaths) -> list[dict[str, Any]]:
+    try:
+        facts = read_json(paths.dropped).get("facts", [])
+    except (OSError, FindingsError):
+        return []
+    return [f for f in facts if isinstance(f, dict)] if isinstance(facts, list) else []
 
 
 def _json(path: Path) -> Any:
@@ -225,13 +249,15 @@ def _groups_on_disk(found: Survey, name: str) -> set[int]:
 def _rebuilt(found: Survey, manifest: Manifest, unit: Unit, content: Content | None = None) -> Iterator[Commit]:
     """Yield the commit that the shards of ``unit`` amount to, once for each numerics profile it can have been."""
     name, group, generation = unit
-    paths, ledger, specs = found.paths, found.ledger, found.ledger.live(unit[0])
+    ledger, specs = found.ledger, found.ledger.live(unit[0])
     if content is not None:
         specs = [s for s in ledger.sets[name].arrays.specs if s.layer.name in content.layers.get(name, ())]
     first, stop = group * manifest.group_rows, min((group + 1) * manifest.group_rows, len(ledger.table))
     rows = [r for r in range(first, stop) if ledger.table.records[r] is not None]
     try:
-        shards = tuple(_shard(paths, s, group, first, manifest.group_rows) for s in sorted(specs, key=_layer))
+        shards = tuple(
+            shard for s in sorted(specs, key=_layer) for shard in _shards(ledger, s, group, manifest.group_rows)
+        )
     except (FindingsError, FileNotFoundError):
         return
     if not rows or not shards:
@@ -246,15 +272,20 @@ def _layer(spec: FeatureSpec) -> str:
     return spec.layer.name
 
 
-def _shard(paths: StorePaths, spec: FeatureSpec, group: int, first: int, group_rows: int) -> ShardRecord:
-    """Return the record of the shard on disk: statistics are summed in row order, as its writer did."""
-    place, codec, layout = paths.shard(spec.key, group), load_codec(spec.encoding), shard_layout(spec, group_rows)
-    reader, stats = ShardReader(place, layout), ChannelStats.empty(spec.layer.channels)
-    stored = np.empty((*spec.grid, spec.layer.channels), layout.dtype)
-    for row in np.flatnonzero(reader.present):
-        reader.read(int(row), 0, 0, stored)
-        stats.add(codec.decode(stored))
-    return ShardRecord(_layer(spec), paths.relative(place), place.stat().st_size, sha256_file(place), stats)
+def _shards(ledger: Ledger, spec: FeatureSpec, group: int, group_rows: int) -> Iterator[ShardRecord]:
+    """Yield the records of an array's shards on disk: statistics are summed in row order, as their writer did."""
+    paths, parts = ledger.paths, parts_of(spec)
+    readers = {p: ShardReader(paths.shard(spec.key, group, p), shard_layout(spec, group_rows, p)) for p in parts}
+    held = {p: np.empty((*spec.grid, r.layout.channels), r.layout.dtype) for p, r in readers.items()}
+    codec, stats = ledger.codec(spec), ChannelStats.empty(spec.layer.channels)
+    for row in np.flatnonzero(readers["features"].present):
+        for part, reader in readers.items():
+            reader.read(int(row), 0, 0, held[part])
+        stats.add(codec.decode(Codes(held["features"], held["scale"][..., 0] if "scale" in held else None)))
+    for part in parts:
+        place = paths.shard(spec.key, group, part)
+        known = stats if part == "features" else ChannelStats.empty(0)
+        yield ShardRecord(_layer(spec), paths.relative(place), place.stat().st_size, sha256_file(place), known)
 
 
 def forget_units(paths: StorePaths, units: Sequence[Unit]) -> list[Repaired]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -9,24 +10,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from rsmtdf_cache.codecs import load_codec
+from rsmtdf_cache.array_writer import ArrayWriter
 from rsmtdf_cache.encode import TileReader, encode_unit
 from rsmtdf_cache.errors import DataError, FindingsError, MismatchError, ResourceError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import build_lock, disk_errors, fsync_folder, make_folders, rename_file
 from rsmtdf_cache.head import write_head
-from rsmtdf_cache.layout import ArraySet, StorePaths, shard_layout
+from rsmtdf_cache.layout import ArraySet, StorePaths, parts_of
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import Manifest, load_manifest
 from rsmtdf_cache.plan import TeacherLoader, rows_of_group
 from rsmtdf_cache.request import TeacherAsked
-from rsmtdf_cache.shard import ShardWriter
 from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.specs import FeatureSpec, NumericsProfile
-from rsmtdf_cache.stats import ChannelStats
 from rsmtdf_cache.teachers.base import Teacher
 from rsmtdf_cache.upkeep.canary import check_canary, encode_again, profile_here
 from rsmtdf_cache.upkeep.recompute import TeacherShelf
@@ -185,14 +183,14 @@ class _Encoder:
 
     def again(self, ledger: Ledger, commit: Commit, specs: list[FeatureSpec], manifest: Manifest) -> list[Repaired]:
         """Encode the shards of ``specs`` of one committed unit again and put them in place."""
-        places = {s.layer.name: self.paths.shard(s.key, commit.group) for s in specs}
-        wrong = [s for s in specs if (r := commit.shard(s.layer.name)) is None
-                 or r.path != self.paths.relative(places[s.layer.name])]  # fmt: skip
+        places = {(s.layer.name, p): self.paths.shard(s.key, commit.group, p) for s in specs for p in parts_of(s)}
+        named = {(s.layer, s.part): s for s in commit.shards}
+        wrong = [p for p in places if p not in named or named[p].path != self.paths.relative(places[p])]
         folder = self.paths.tmp / f"repair.{uuid.uuid4().hex}"
         make_folders(folder)
         try:
             if wrong:
-                raise FindingsError(f"its record names another place than {wrong[0].key} has")
+                raise FindingsError(f"its record names another place than {'/'.join(wrong[0])} has")
             teacher, reader = self._ready(ledger, specs[0], manifest)
             profile = profile_here(commit.profile, teacher)
             fresh = _drafts(folder, teacher, ledger, commit, specs, profile, manifest.group_rows, reader)
@@ -201,22 +199,23 @@ class _Encoder:
             shutil.rmtree(folder, ignore_errors=True)
             return []
         done, other = [], {}
-        for layer, record in fresh.items():
-            same = record.sha256 == next(s.sha256 for s in commit.shards if s.layer == layer)
-            record = replace(record, path=self.paths.relative(places[layer]))
+        for record in fresh.values():
+            part = (record.layer, record.part)
+            same = record.sha256 == named[part].sha256
             if not same:
-                other[layer] = record
+                other[part] = record
             what = "reproduced: encoded again, with the recorded sha256"
             done.append(Repaired(record.path, what if same else _new_bytes(commit, profile)))
         if other:
             whole = ledger.complete(commit)
-            shards = tuple(other.get(s.layer, s) for s in whole.shards)
+            shards = tuple(other.get((s.layer, s.part), s) for s in whole.shards)
             number = max(ledger.generations[commit.set_id, commit.group]) + 1
             # The record first: a kill right after it leaves a shard that is damaged by the record, and repaired again.
             ledger.add_commit(replace(whole, shards=shards, profile=profile, generation=number))
-        for layer, place in places.items():
+        for draft, record in fresh.items():
+            place = places[record.layer, record.part]
             make_folders(place.parent)
-            rename_file(folder / layer, place)
+            rename_file(draft, place)
             fsync_folder(place.parent)
         shutil.rmtree(folder, ignore_errors=True)
         return done
@@ -266,23 +265,18 @@ def _new_bytes(commit: Commit, profile: NumericsProfile) -> str:
 def _drafts(
     folder: Path, teacher: Teacher, ledger: Ledger, commit: Commit, specs: list[FeatureSpec],
     profile: NumericsProfile, group_rows: int, reader: TileReader,
-) -> dict[str, ShardRecord]:  # fmt: skip
-    """Write the shards of ``specs`` to ``folder``, durably, and return what they are."""
-    named = {s.layer.name: s for s in specs}
-    codecs = {layer: load_codec(s.encoding) for layer, s in named.items()}
-    writers = {layer: ShardWriter(folder / layer, shard_layout(s, group_rows)) for layer, s in named.items()}
-    stats = {layer: ChannelStats.empty(s.layer.channels) for layer, s in named.items()}
+) -> dict[Path, ShardRecord]:  # fmt: skip
+    """Write the shards of ``specs`` to ``folder``, durably, and return ``{draft: what it is}``."""
     rows = [r for r in rows_of_group(ledger.table, commit.group, group_rows) if r < commit.stop]
-    for row, maps in encode_again(teacher, ledger.sets[commit.set_id].arrays, rows, profile, reader):
-        for layer, writer in writers.items():
-            stored = codecs[layer].encode(maps[layer])
-            decoded = codecs[layer].decode(stored)
-            if not np.isfinite(decoded).all():
-                raise DataError(f"{named[layer].key}, tile {ledger.table.record(row).id!r}: values are not finite")
-            stats[layer].add(decoded)
-            writer.add(row - commit.start, stored)
-    return {
-        layer: ShardRecord(layer, "", writer.nbytes, digest, stats[layer])
-        for layer, writer in writers.items()
-        for digest in [writer.close()]
-    }
+    with contextlib.ExitStack() as open_drafts:
+        writers = [open_drafts.enter_context(ArrayWriter(folder, s, ledger.codec(s), group_rows)) for s in specs]
+        for row, maps in encode_again(teacher, ledger.sets[commit.set_id].arrays, rows, profile, reader):
+            for writer in writers:
+                tile_id = ledger.table.record(row).id
+                writer.add(row - commit.start, tile_id, maps[writer.spec.layer.name])
+        found: dict[Path, ShardRecord] = {}
+        for writer in writers:
+            writer.close()
+            drafts = writer.places(ledger.paths, commit.group)
+            found |= zip(drafts, writer.records(ledger.paths, commit.group), strict=True)
+    return found

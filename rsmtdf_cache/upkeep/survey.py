@@ -80,6 +80,7 @@ def survey(paths: StorePaths) -> Survey:
             if path not in found.damaged:
                 found.findings.append(Finding(path, "missing: commits of this array set are here"))
     found.ledger = _ledger(found, _segments(found), sets, generations, dropped)
+    found.findings += _calibration_faults(found)
     list(_each(found, _present(paths.quarantine), _read_quarantine))
     found.head = next(_each(found, _present(paths.head), lambda _: _written_as_is(paths.head, read_head(paths))), None)
     for root, content in _each(found, sorted(paths.snapshots.glob("*.json")), lambda p: (p.stem, read_snapshot(p))):
@@ -169,6 +170,16 @@ def _read_tile_record(path: Path) -> tuple[Path, dict[str, Any]]:
     if not sound or path.stem != f"{body['first_row']:010d}" or body.get("file") != f"{path.stem}.parquet":
         raise FindingsError(f"{path}: not the tile segment record it should be")
     return path, body
+
+
+def _calibration_faults(found: Survey) -> Iterator[Finding]:
+    """Yield the calibrations that set records name and that are missing or damaged."""
+    for digest in sorted({d for record in found.ledger.sets.values() for d in record.calibrations.values()}):
+        try:
+            found.ledger.calibration(digest)
+        except FindingsError as error:
+            path = found.paths.calibration(digest)
+            yield Finding(found.paths.relative(path), _fault(path, error))
 
 
 def _ledger(

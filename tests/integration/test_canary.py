@@ -177,9 +177,10 @@ def test_a_damaged_shard_is_named_and_not_taken_for_a_changed_teacher(data: Path
 def test_zero_vectors_are_alike_and_a_zero_beside_a_value_is_not() -> None:
     spec = MeanTeacher().spec
     assert spec.name == "mean"
-    from rsmtdf_cache.specs import EncodingSpec
+    from rsmtdf_cache.codecs import Codes, load_codec, parse_codec
 
+    codec = load_codec(parse_codec("float16"), 3)
     zeros, ones = np.zeros((2, 2, 3), np.float32), np.ones((2, 2, 3), np.float32)
-    assert compare_maps(zeros, zeros.astype(np.float16), EncodingSpec()).alike
-    assert not compare_maps(ones, zeros.astype(np.float16), EncodingSpec()).alike
-    assert not compare_maps(zeros, ones.astype(np.float16), EncodingSpec()).alike
+    assert compare_maps(zeros, Codes(zeros.astype(np.float16)), codec).alike
+    assert not compare_maps(ones, Codes(zeros.astype(np.float16)), codec).alike
+    assert not compare_maps(zeros, Codes(ones.astype(np.float16)), codec).alike

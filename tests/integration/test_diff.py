@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rsmtdf_cache.build import build_store
+from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.request import BuildRequest
@@ -91,8 +92,10 @@ def test_deep_counts_the_tiles_whose_bits_differ(stores: tuple[Path, Path], tmp_
     ledger = Ledger.load(paths)
     with UnitWriter(ledger, ledger.sets[name].arrays, 0, 2, ledger.sets[name].profile) as writer:
         for row in range(2):
-            codes = np.array(source.stored(key, row))
-            codes[0, 0, 0] += np.float16(row)  # row 0 as it was, row 1 with one other value
+            stored = source.stored(key, row)
+            assert stored is not None
+            codes = Codes(stored.values.copy())
+            codes.values[0, 0, 0] += np.float16(row)  # row 0 as it was, row 1 with one other value
             writer.add_stored(row, f"t{row:03}", {"mean8": codes})
         writer.commit(2)
     found = diff_stores(stores[0], copy, deep=True)
