@@ -18,7 +18,8 @@ __all__ = ["load", "names"]
 #: Name -> module of its family. Names live here, so that listing them imports nothing.
 _FAMILIES: dict[str, str] = {
     **{f"dinov2_{size}{reg}": "dinov2" for size in ("vits14", "vitb14", "vitl14", "vitg14") for reg in ("", "_reg")},
-    **{f"clip_{size}": "clip" for size in ("vitb16", "vitb32", "vitl14", "vitl14_336")},
+    **{f"dinov2_{size}_paper": "dinov2" for size in ("vits14", "vitb14", "vitl14", "vitg14")},
+    **{f"clip_{size}": "clip" for size in ("vitb16", "vitb32", "vitl14", "vitl14_336", "vitl14_paper")},
     **{f"clip_{size}_laion": "clip" for size in ("vitb16", "vitb32", "vitl14", "vith14", "vitg14", "vitbigg14")},
     **{f"efficientnet_{size}": "sample_weights" for size in ("lite0", "lite2")},
 }

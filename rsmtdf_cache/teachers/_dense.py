@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsmtdf_cache.errors import UsageError, did_you_mean
-from rsmtdf_cache.specs import LayerSpec, TeacherSpec
+from rsmtdf_cache.specs import LayerSpec, PixelSpec, TeacherSpec
 from rsmtdf_cache.teachers.base import Teacher
 
-__all__ = ["DenseTeacher", "build_quietly", "spread_layers"]
+__all__ = ["DenseTeacher", "PAPER_PIXELS", "build_quietly", "spread_layers"]
+
+#: Pixels as the released code of RS-MTDF gives them to every teacher: CLIP too gets ImageNet's statistics.
+PAPER_PIXELS = PixelSpec(
+    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize="bilinear", antialias=False, align_corners=True
+)
 
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -98,7 +103,11 @@ class DenseTeacher(Teacher):
         images = tiles_BHW3.to(self.device).permute(0, 3, 1, 2).float()
         if images.shape[-1] != size_px:
             images = F.interpolate(
-                images, size=(size_px, size_px), mode=pixel.resize, antialias=pixel.antialias, align_corners=False
+                images,
+                size=(size_px, size_px),
+                mode=pixel.resize,
+                antialias=pixel.antialias,
+                align_corners=pixel.align_corners,
             ).clamp_(0, 255)
         return (images / 255 - self._mean) / self._std
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rsmtdf_cache.positions import PositionRule
 from rsmtdf_cache.specs import LayerSpec, TeacherSpec
 
 __all__ = ["Teacher", "TeacherRequest"]
@@ -24,13 +25,15 @@ class TeacherRequest:
 
     ``weights``: None = the family's published weights (hub or installed package); a path = a safetensors file, or a
     torch file read with ``weights_only=True``; ``"none"`` = seeded random weights (``seed``), for tests and controls.
-    ``layers``: None = the teacher's default layers.
+    ``layers``: None = the teacher's default layers. ``positions``: how a trained position embedding is resampled
+    (``positions.py``), None = the teacher's own rule.
     """
 
     name: str
     weights: str | Path | None = None
     seed: int = 0
     layers: tuple[str, ...] | None = None
+    positions: PositionRule | None = None
 
 
 class Teacher(ABC):

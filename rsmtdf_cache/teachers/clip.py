@@ -1,7 +1,7 @@
 """CLIP image towers (Radford et al. 2021; LAION: Cherti et al. 2023) through open_clip.
 
 Layers are the patch tokens after a block: before ``ln_post`` and the projection, as RS-MTDF distils them. Only the
-image tower is ever built.
+image tower is ever built. ``clip_vitl14_paper`` sees pixels as that method's released code gives them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
+from rsmtdf_cache.positions import resample_positions
 from rsmtdf_cache.specs import LayerSpec, PixelSpec, TeacherSpec
-from rsmtdf_cache.teachers._dense import DenseTeacher, build_quietly, spread_layers
+from rsmtdf_cache.teachers._dense import PAPER_PIXELS, DenseTeacher, build_quietly, spread_layers
 from rsmtdf_cache.teachers._weights import hub_file, take_weights, weights_digest
 from rsmtdf_cache.teachers.base import Teacher, TeacherRequest
 
@@ -28,6 +28,7 @@ _MODELS = {
     "clip_vitb16": ("ViT-B-16-quickgelu", "openai"),
     "clip_vitb32": ("ViT-B-32-quickgelu", "openai"),
     "clip_vitl14": ("ViT-L-14-quickgelu", "openai"),
+    "clip_vitl14_paper": ("ViT-L-14-quickgelu", "openai"),
     "clip_vitl14_336": ("ViT-L-14-336-quickgelu", "openai"),
     "clip_vitb16_laion": ("ViT-B-16", "laion2b_s34b_b88k"),
     "clip_vitb32_laion": ("ViT-B-32", "laion2b_s34b_b79k"),
@@ -45,17 +46,23 @@ def load(request: TeacherRequest, device: torch.device) -> Teacher:
     prefix ``visual.``; OpenAI's own downloads are TorchScript archives and must be converted once.
     """
     architecture, tag = _MODELS[request.name]
-    published: dict[str, Any] = open_clip.get_pretrained_cfg(architecture, tag)
     network = build_quietly(lambda: image_tower(architecture))
 
     def from_hub() -> tuple[Path, str]:
-        repository, _, filename = published["hf_hub"].rpartition("/")
+        published: str = open_clip.get_pretrained_cfg(architecture, tag)["hf_hub"]
+        repository, _, filename = published.rpartition("/")
         names = [filename] if filename else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
         return hub_file(request.name, repository, names), f"hub {repository}"
 
     origin = take_weights(request, network, from_hub, _image_part)
-    pixel = PixelSpec(mean=tuple(published["mean"]), std=tuple(published["std"]))
-    return ClipTeacher(request, architecture, network, pixel, origin, device)
+    return ClipTeacher(request, network, origin, device)
+
+
+def _pixels(name: str) -> PixelSpec:
+    if name.endswith("_paper"):
+        return PAPER_PIXELS
+    published: dict[str, Any] = open_clip.get_pretrained_cfg(*_MODELS[name])
+    return PixelSpec(mean=tuple(published["mean"]), std=tuple(published["std"]))
 
 
 def _image_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,27 +90,20 @@ def image_tower(architecture: str) -> nn.Module:
 class ClipTeacher(DenseTeacher):
     """A CLIP image tower; its position embedding is resampled for views of another size than it was trained at."""
 
-    def __init__(
-        self,
-        request: TeacherRequest,
-        architecture: str,
-        tower: Any,
-        pixel: PixelSpec,
-        origin: str,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, request: TeacherRequest, tower: Any, origin: str, device: torch.device) -> None:
         patch, native = int(tower.patch_size[0]), int(tower.image_size[0])
         spec = TeacherSpec(
             name=request.name,
             family="clip",
-            architecture=architecture,
+            architecture=_MODELS[request.name][0],
             weights=weights_digest(tower),
             weights_origin=origin,
             patch_px=patch,
             native_px=native,
             prefix_tokens=1,
+            positions=request.positions or "antialiased",
             norm=False,
-            pixel=pixel,
+            pixel=_pixels(request.name),
             license="MIT",
         )
         depth = len(tower.transformer.resblocks)
@@ -127,12 +127,8 @@ class ClipTeacher(DenseTeacher):
     def _positions(self, rows: int, columns: int) -> Tensor:
         """Return ``[1 + rows * columns, D]``: the trained position embedding, its grid resampled where sizes differ."""
         tower: Any = self.network
-        trained: Tensor = tower.positional_embedding
-        if (rows, columns) == tuple(tower.grid_size):
-            return trained
-        grid = trained[1:].reshape(1, *tower.grid_size, -1).permute(0, 3, 1, 2).float()
-        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=True, align_corners=False)
-        return torch.cat([trained[:1], grid[0].flatten(1).T.to(trained.dtype)])
+        trained: tuple[int, int] = tuple(tower.grid_size)
+        return resample_positions(tower.positional_embedding, trained, (rows, columns), self.spec.positions)
 
     def _specs_at(self, size_px: int) -> dict[str, LayerSpec]:
         tower: Any = self.network

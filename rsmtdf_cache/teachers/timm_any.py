@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError, did_you_mean
+from rsmtdf_cache.positions import PositionRule, use_positions
 from rsmtdf_cache.receptive import map_geometry, meta_copy
 from rsmtdf_cache.specs import LayerSpec, PixelSpec, TeacherSpec
 from rsmtdf_cache.teachers._dense import DenseTeacher, build_quietly, spread_layers
@@ -90,7 +91,11 @@ def hub_weights(teacher: str, network: nn.Module) -> tuple[Path, str]:
 
 
 class TimmTeacher(DenseTeacher):
-    """A timm network. ``norm``: a transformer's tokens go through its final norm, where it has one."""
+    """A timm network. A transformer's tokens go through its final norm, where it has one.
+
+    ``pixel``: None = the statistics of its published weights, resized by our own rule. ``positions``: the rule when the
+    request names none.
+    """
 
     def __init__(
         self,
@@ -102,8 +107,12 @@ class TimmTeacher(DenseTeacher):
         family: Literal["dinov2", "timm"],
         origin: str,
         license: str | None = None,
+        pixel: PixelSpec | None = None,
+        positions: PositionRule = "antialiased",
     ) -> None:
         cfg = _cfg(network)
+        positions = request.positions or positions
+        use_positions(network, positions, f"teacher {name}")
         native = int(cfg["input_size"][-1])
         self._probes: dict[int, list[tuple[int, int, int, float]]] = {}
         self._meta = meta_copy(network.eval())
@@ -129,8 +138,9 @@ class TimmTeacher(DenseTeacher):
             patch_px=max(fits),
             native_px=native if plain or self._only_px or cfg.get("fixed_input_size") else ANY_SIZE_PX,
             prefix_tokens=int(getattr(network, "num_prefix_tokens", 0)) if plain else 0,
+            positions=positions,
             norm=is_norm,
-            pixel=PixelSpec(mean=tuple(cfg["mean"]), std=tuple(cfg["std"])),
+            pixel=pixel or PixelSpec(mean=tuple(cfg["mean"]), std=tuple(cfg["std"])),
             license=str(cfg.get("license") or "") if license is None else license,
         )
         asked = request.layers if request.layers is not None else defaults or layer_names[-2:]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError, did_you_mean
+from rsmtdf_cache.positions import use_positions
 from rsmtdf_cache.receptive import map_geometry, meta_copy
 from rsmtdf_train.recipe import StudentConfig
 from rsmtdf_train.students.base import Encoder, MapSpec
@@ -87,6 +88,7 @@ def load_encoder(config: StudentConfig, *, load_weights: bool = True) -> Encoder
     if load_weights and (config.weights is not None or config.pretrained):
         state = _read_weights(config.weights) if config.weights is not None else None
         _load_into(net, name, config, state)
+    use_positions(net, config.positions, f"student.encoder {config.encoder!r}")
     return TokenEncoder(net) if tokens else StageEncoder(net)
 
 

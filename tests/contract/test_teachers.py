@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import subprocess
 import sys
-import zlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsmtdf_cache import teachers
-from rsmtdf_cache.errors import UsageError
+from rsmtdf_cache.build import build_store
+from rsmtdf_cache.errors import DataError, UsageError
 from rsmtdf_cache.receptive import map_geometry, meta_copy
-from rsmtdf_cache.specs import FeatureKey, PixelSpec
-from rsmtdf_cache.teachers._dense import DenseTeacher
+from rsmtdf_cache.request import BuildRequest
+from rsmtdf_cache.specs import EncodingSpec, FeatureKey, FeatureSpec, LayerSpec, PixelSpec, TeacherSpec, ViewSpec
+from rsmtdf_cache.store import FeatureStore
+from rsmtdf_cache.teachers._dense import PAPER_PIXELS, DenseTeacher
 from rsmtdf_cache.teachers.base import TeacherRequest
-from rsmtdf_cache.views import base_size_px
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "teachers_seed7.json"
+from rsmtdf_cache.views import base_size_px, lattice_px
+from tests.datasets import make_tile, write_dataset
+from tests.teachers import MeanTeacher
 
 #: Request, two view sizes for tiles of 64 px (one resizes, CLIP's and the transformer's native grids are left too).
 SUITE = {
@@ -38,6 +40,7 @@ SUITE = {
     "clip_vitb32": (TeacherRequest("clip_vitb32", "none"), (64, 128)),
 }
 OTHERS = {
+    "dinov2_vits14_paper": TeacherRequest("dinov2_vits14_paper", "none"),
     "resnetblur18": TeacherRequest("timm:resnetblur18", "none"),
     "convnext": TeacherRequest("timm:convnext_atto", "none"),
 }
@@ -249,6 +252,122 @@ def test_default_views_of_the_families_share_the_lattice_of_a_tile() -> None:
     assert base_size_px(built("resnet18").spec, 512) == 512
 
 
+# --- views as the released RS-MTDF makes them ------------------------------------------------------------------------
+
+
+class Cells(DenseTeacher):
+    """Mean RGB (0..255) of cells of 14 view pixels: pixels go in as every network's do."""
+
+    def __init__(self, pixel: PixelSpec) -> None:
+        spec = TeacherSpec(
+            name="cells", family="timm", architecture="mean", weights="0" * 64, weights_origin="no weights",
+            patch_px=14, native_px=112, prefix_tokens=0, norm=False,
+            pixel=pixel.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}),
+        )  # fmt: skip
+        super().__init__(spec, nn.AvgPool2d(14), ["cells"], ["cells"], torch.device("cpu"))
+
+    def forward_normalised(self, images_B3SS: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        return {"cells": self.network(images_B3SS).permute(0, 2, 3, 1)}
+
+    def _specs_at(self, size_px: int) -> dict[str, LayerSpec]:
+        return {"cells": LayerSpec(name="cells", channels=3, stride_px=14, offset_px=7)}
+
+
+OWN_PIXELS = PixelSpec(mean=(0, 0, 0), std=(1, 1, 1))
+
+
+@pytest.mark.parametrize("size", [56, 112, 224])
+@pytest.mark.parametrize("pixel", [PAPER_PIXELS, OWN_PIXELS], ids=["paper", "own"])
+def test_a_network_that_tells_pixel_positions_has_its_tokens_where_the_spec_says(pixel: PixelSpec, size: int) -> None:
+    teacher, side = Cells(pixel), 64
+    places = (torch.arange(side) * 4).to(torch.uint8)
+    tile = torch.stack([places.expand(side, side), places[:, None].expand(side, side), torch.zeros(side, side)], -1)
+    found = teacher.encode(tile[None].to(torch.uint8), size, ["cells"])["cells"][0] / 4 + 0.5  # tile pixels
+    (layer,) = teacher.layer_specs(["cells"], size)
+    spec = FeatureSpec(
+        teacher=teacher.spec, layer=layer, view=ViewSpec(size_px=size, orientation=0), encoding=EncodingSpec(),
+        tile_px=side, grid=teacher.grid("cells", size),
+    )  # fmt: skip
+    inner = slice(0, None) if pixel.align_corners else slice(1, -1)  # half-pixel centres end before the border does
+    expected = (spec.offset_tile_px + spec.stride_tile_px * torch.arange(size // 14))[inner]
+    torch.testing.assert_close(found[inner, inner, 0], expected.expand(len(expected), -1), rtol=0, atol=2e-3)
+    torch.testing.assert_close(found[inner, inner, 1], expected[:, None].expand(-1, len(expected)), rtol=0, atol=2e-3)
+    other = spec.model_copy(update={"teacher": Cells(OWN_PIXELS if pixel is PAPER_PIXELS else PAPER_PIXELS).spec})
+    assert abs(other.offset_tile_px - spec.offset_tile_px) > 0.01  # the other rule would have been noticed
+
+
+def test_aligned_corners_keep_the_corner_pixels() -> None:
+    tile = tiles(1, 64)
+    view = Cells(PAPER_PIXELS).normalised(tile, 112)[0]  # mean 0, std 1 / 255: raw pixel values
+    for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        torch.testing.assert_close(view[:, y, x], tile[0, y, x].float(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("tile_px", [256, 500, 512, 1024])
+def test_paper_teachers_see_the_side_of_the_paper_whatever_the_tile_and_are_on_no_lattice(tile_px: int) -> None:
+    assert {"dinov2_vitb14_paper", "clip_vitl14_paper"} <= set(teachers.names())
+    spec = built("dinov2_vits14_paper").spec
+    assert (spec.pixel, spec.positions, spec.native_px) == (PAPER_PIXELS, "released", 518)
+    sides = [base_size_px(spec.model_copy(update={"native_px": side}), tile_px) for side in (518, 224)]
+    assert sides == [518, 224]
+    (layer,) = built("dinov2_vits14_paper").layer_specs(["block11"], 518)
+    feature = FeatureSpec(
+        teacher=spec, layer=layer, view=ViewSpec(size_px=518, orientation=0), encoding=EncodingSpec(),
+        tile_px=tile_px, grid=(37, 37),
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="is on no pixel lattice"):
+        lattice_px([feature])
+
+
+def test_the_names_of_the_paper_differ_from_the_plain_ones_in_pixels_and_positions_alone() -> None:
+    plain, paper = (built(name).spec.to_json() for name in ("dinov2_vits14", "dinov2_vits14_paper"))
+    assert {k for k in plain | paper if plain.get(k) != paper.get(k)} == {"name", "positions", "pixel"}
+    tile, layer = tiles(1, 56), ["block11"]
+    one, other = (built(name).encode(tile, 112, layer)["block11"] for name in ("dinov2_vits14", "dinov2_vits14_paper"))
+    assert float((one - other).abs().max()) > 1e-2
+
+
+# --- what is not a number --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_that_is_no_number_is_counted_and_refused_and_nothing_of_its_shard_stays(
+    value: float, tmp_path: Path
+) -> None:
+    broken = True
+
+    class Faulty(MeanTeacher):
+        def encode(
+            self, tiles_BHW3: Tensor, size_px: int, layers: Sequence[str], precision: str = "float32"
+        ) -> dict[str, Tensor]:
+            maps = super().encode(tiles_BHW3, size_px, layers, precision)
+            for i, tile in enumerate(tiles_BHW3):
+                if broken and torch.equal(tile, bad):
+                    maps["mean8"][i, 3, 2, 1] = value
+            return maps
+
+    def load(request: TeacherRequest, device: str = "cpu") -> MeanTeacher:
+        return Faulty(request.name, "0" * 64)
+
+    data = write_dataset(tmp_path / "data", tiles=6, splits={"train": range(6)})
+    bad = torch.from_numpy(make_tile(4)[0])
+    values = {"data": data, "teachers": ["mean"], "group_rows": 2, "threads": 1, "scales": (1.0,), "micro_batch": 2}
+    request, whole = (BuildRequest.of({**values, "out": tmp_path / name}) for name in ("s", "whole"))
+    with pytest.raises(DataError, match=r"mean8, tile 't004': 1 of 192 values are not finite") as caught:
+        build_store(request, load_teacher=load)
+    assert caught.value.exit_code == 3
+    # Groups 0 and 1 were committed; of group 2 neither the faulty array nor its sound neighbour is there.
+    assert {p.parents[2].name for p in (tmp_path / "s").rglob("c/*/0/0/0")} == {"0", "1"}
+    assert not (tmp_path / "s" / "tmp").exists()
+    assert (
+        FeatureStore.open(tmp_path / "s").committed(FeatureKey.parse("mean/s64o0/mean16")).tolist()
+        == [True] * 4 + [False] * 2
+    )
+    broken = False
+    mended = build_store(request, load_teacher=load)
+    assert mended.units == 1 and mended.snapshot == build_store(whole, load_teacher=load).snapshot
+
+
 # --- names and imports ---------------------------------------------------------------------------------------------
 
 
@@ -286,74 +405,3 @@ def test_listing_teachers_imports_no_network_and_loading_a_cnn_imports_no_open_c
         "assert 'timm' in sys.modules and 'open_clip' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
-
-
-# --- numbers of the released RS-MTDF ---------------------------------------------------------------------------------
-
-
-def formula_weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return the reference weights: a function of the name and the shape alone."""
-    x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    leaf = name.rsplit(".", 1)[-1]
-    if "norm" in name or ".ln_" in name or name.startswith("ln_"):
-        x = 1 + 0.1 * x if leaf == "weight" else 0.1 * x
-    elif leaf == "gamma":
-        x = 0.5 + 0.1 * x
-    elif leaf in ("pos_embed", "cls_token", "class_embedding", "positional_embedding"):
-        x = 0.5 * x
-    elif leaf == "bias" or leaf.endswith("_bias"):
-        x = 0.02 * x
-    elif len(shape) > 1:
-        x = x / np.sqrt(np.prod(shape[1:]))
-    else:
-        x = 0.02 * x
-    return torch.from_numpy(x.astype(np.float32))
-
-
-def formula_image(seed: int, side: int) -> Tensor:
-    noise = np.random.RandomState(seed).uniform(0, 255, (1, side // 7, side // 7, 3)).astype(np.float32)
-    image = F.interpolate(torch.from_numpy(noise).permute(0, 3, 1, 2), size=(side, side), mode="bilinear")
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    return (image.round().clamp(0, 255) / 255 - mean) / std
-
-
-def assert_recorded(found: Tensor, key: str) -> None:
-    recorded = json.loads(GOLDEN.read_text())["values"][key]
-    assert list(found.shape) == recorded["shape"]
-    flat = found.flatten()
-    for index, value in recorded["samples"].items():
-        assert abs(float(flat[int(index)]) - value) < 1e-4, (key, index)
-
-
-def fill(network: nn.Module, prefix: str) -> None:
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(formula_weight(prefix + name, tuple(parameter.shape)))
-
-
-def test_the_dinov2_target_of_the_released_method_is_reproduced() -> None:
-    teacher = teachers.load(TeacherRequest("dinov2_vitb14", "none"))
-    assert isinstance(teacher, DenseTeacher)
-    fill(teacher.network, "dinov2_vitb14.")
-    image = formula_image(7, 518)
-    assert_recorded(image, "input")
-    with torch.inference_mode():
-        tokens = teacher.forward_normalised(image, ["block11"])["block11"]
-    assert_recorded(tokens.flatten(1, 2), "dinov2_vitb14.layer11")
-
-
-def test_the_clip_target_of_the_released_method_is_reproduced() -> None:
-    from rsmtdf_cache.teachers.clip import ClipTeacher, image_tower
-
-    with torch.device("meta"):  # spares the random start of 304 M parameters
-        tower = image_tower("ViT-L-14-quickgelu")
-    tower = tower.to_empty(device="cpu")
-    fill(tower, "clip_vitl14.visual.")
-    pixel = PixelSpec(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # unused: the image comes normalised
-    request = TeacherRequest("clip_vitl14")
-    teacher = ClipTeacher(request, "ViT-L-14-quickgelu", tower, pixel, "formula", torch.device("cpu"))
-    # The released code feeds CLIP the student's second input, ImageNet statistics and all.
-    image = F.interpolate(formula_image(7, 518), size=(224, 224), mode="bilinear", align_corners=True)
-    with torch.inference_mode():
-        tokens = teacher.forward_normalised(image, ["block23"])["block23"]
-    assert_recorded(tokens.flatten(1, 2), "clip_vitl14.tokens")
