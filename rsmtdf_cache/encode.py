@@ -1,7 +1,12 @@
-"""One unit of work: read a row group's tiles, turn them, run the teacher, hand the maps to the writer."""
+"""One unit of work: read a row group's tiles, render the view, run the teacher, hand the maps to the writer.
+
+Everything that wants what a teacher says of tiles in a view (build, canary, repair, calibration) calls
+``encode_batch``, so that there is one answer.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -15,13 +20,14 @@ from rsmtdf_cache.errors import DataError, MismatchError, TileError
 from rsmtdf_cache.layout import ArraySet
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.sources.base import TileSource
-from rsmtdf_cache.specs import NumericsProfile
+from rsmtdf_cache.specs import NumericsProfile, ViewSpec
 from rsmtdf_cache.teachers.base import Teacher
 from rsmtdf_cache.tiles import TileTable, pixel_digest
-from rsmtdf_cache.views import orient
+from rsmtdf_cache.views import render
+from rsmtdf_cache.windows import Band, encode_bands, map_layers
 from rsmtdf_cache.writer import UnitWriter
 
-__all__ = ["TileReader", "encode_unit"]
+__all__ = ["TileReader", "encode_batch", "encode_shown", "encode_unit", "shown_bands"]
 
 
 class TileReader:
@@ -59,6 +65,38 @@ class TileReader:
         return image
 
 
+def encode_batch(
+    teacher: Teacher, view: ViewSpec, layers: Sequence[str], tiles: Sequence[NDArray[np.uint8]],
+    profile: NumericsProfile,
+) -> dict[str, NDArray[np.float32]]:  # fmt: skip
+    """Return what ``teacher`` says of ``tiles`` in ``view``: ``{layer: [n, h, w, D] float32}``, as a build stores it.
+
+    ``tiles``: whole tiles as they are read, ``[tile_px, tile_px, 3]`` uint8 each, at most a micro-batch of the profile.
+    The micro-batch is filled by repeating the last tile; a view in windows has micro-batches of its own for each tile.
+    """
+    return encode_shown(teacher, view, layers, [render(t, view) for t in tiles], profile)
+
+
+def encode_shown(
+    teacher: Teacher, view: ViewSpec, layers: Sequence[str], images: Sequence[NDArray[np.uint8]],
+    profile: NumericsProfile,
+) -> dict[str, NDArray[np.float32]]:  # fmt: skip
+    """Return the same as ``encode_batch`` for tiles that are rendered already (``views.render``)."""
+    if not 0 < len(images) <= profile.micro_batch:
+        raise ValueError(f"{len(images)} tiles do not make a micro-batch of {profile.micro_batch}")
+    if view.windows is not None:
+        shapes = {spec.name: (len(images), *grid, spec.channels) for spec, grid in map_layers(teacher, layers, view)}
+        whole = {layer: np.empty(shape, np.float32) for layer, shape in shapes.items()}
+        for n, image in enumerate(images):
+            for band in shown_bands(teacher, view, layers, image, profile):
+                whole[band.layer][n, band.y0 : band.y0 + len(band.rows)] = band.rows
+        return whole
+    filled = [*images, *[images[-1]] * (profile.micro_batch - len(images))]
+    with _threads(profile.threads):
+        maps = teacher.encode(torch.from_numpy(np.stack(filled)), view.size_px, layers, profile.precision)
+        return {layer: values.cpu().numpy()[: len(images)] for layer, values in maps.items()}
+
+
 def encode_unit(
     teacher: Teacher, arrays: ArraySet, group: int, rows: Sequence[int], profile: NumericsProfile,
     ledger: Ledger, group_rows: int, reader: TileReader,
@@ -67,11 +105,12 @@ def encode_unit(
 
     Micro-batches are the same however often the unit is begun, and the last one is padded by repeating its last tile,
     so a tile's bits do not depend on when or with how many others the build ran (decision 3). The next batch is
-    decoded, and the one before written, while the teacher works.
+    decoded and rendered, and the one before written, while the teacher works. In windows, a batch is one tile, and its
+    map leaves in bands.
     """
     view = arrays.specs[0].view
     layers = [s.layer.name for s in ledger.live(arrays.id)]
-    size = profile.micro_batch
+    size = 1 if view.windows is not None else profile.micro_batch
     batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
     with (
         ThreadPoolExecutor(4, "decode") as readers,
@@ -79,8 +118,11 @@ def encode_unit(
         UnitWriter(ledger, arrays, group, group_rows, profile) as writer,
     ):
 
+        def show(row: int) -> NDArray[np.uint8]:
+            return render(reader.read(row), view)
+
         def fetch(batch: list[int]) -> list[Future[NDArray[np.uint8]]]:
-            return [readers.submit(reader.read, row) for row in batch]
+            return [readers.submit(show, row) for row in batch]
 
         def store(batch: list[int], features: dict[str, NDArray[np.float32]]) -> list[int]:
             return [
@@ -88,18 +130,56 @@ def encode_unit(
                 for i, row in enumerate(batch)
             ]
 
+        def stream(row: int, image: NDArray[np.uint8]) -> int:
+            tile_id, nbytes = ledger.table.record(row).id, 0
+            waiting: Future[int] | None = None
+            for band in shown_bands(teacher, view, layers, image, profile):
+                nbytes += waiting.result() if waiting is not None else 0
+                waiting = behind.submit(writer.add_rows, row, tile_id, *band)
+            return nbytes + (waiting.result() if waiting is not None else 0)
+
         written: Future[list[int]] | None = None
         coming = fetch(batches[0])
         for number, batch in enumerate(batches):
-            tiles = [future.result() for future in coming]
+            images = [future.result() for future in coming]
             coming = fetch(batches[number + 1]) if number + 1 < len(batches) else []
-            tiles += [tiles[-1]] * (size - len(tiles))
-            images = torch.from_numpy(np.stack([orient(t, view.orientation) for t in tiles]))
-            maps = teacher.encode(images, view.size_px, layers, profile.precision)
-            features = {layer: values.cpu().numpy() for layer, values in maps.items()}
+            if view.windows is not None:
+                yield stream(batch[0], images[0])
+                continue
+            features = encode_shown(teacher, view, layers, images, profile)
             if written is not None:
                 yield from written.result()
             written = behind.submit(store, batch, features)
         if written is not None:
             yield from written.result()
         writer.commit(rows[-1] + 1)
+
+
+def shown_bands(
+    teacher: Teacher, view: ViewSpec, layers: Sequence[str], image: NDArray[np.uint8], profile: NumericsProfile
+) -> Iterator[Band]:
+    """Yield the map of one rendered tile of a view in windows, band by band: ``encode_shown`` for maps of any size.
+
+    Torch has the threads of the profile while the teacher works, and the caller's between bands.
+    """
+    bands = encode_bands(teacher, view, layers, image, profile)
+    while True:
+        with _threads(profile.threads):
+            band = next(bands, None)
+        if band is None:
+            return
+        yield band
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Run torch with ``count`` threads, as many as before afterwards."""
+    before = torch.get_num_threads()
+    if count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -25,8 +25,9 @@ _HOLE_ROWS_MAX = 2**24
 
 def pixel_digest(image: NDArray[np.uint8]) -> bytes:
     """Return the identity of a tile's content: sha256 (32 bytes) of shape and decoded pixels ``[H, W, 3]`` uint8."""
-    header = f"{image.dtype.str}{image.shape}".encode()
-    return hashlib.sha256(header + np.ascontiguousarray(image).tobytes()).digest()
+    total = hashlib.sha256(f"{image.dtype.str}{image.shape}".encode())
+    total.update(np.ascontiguousarray(image).data)  # no copy: tiles can be large
+    return total.digest()
 
 
 @dataclass(frozen=True)

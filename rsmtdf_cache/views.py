@@ -15,17 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import UsageError
+from rsmtdf_cache.photometry import photometric
 from rsmtdf_cache.specs import FeatureSpec, TeacherSpec, ViewSpec
 
 __all__ = [
     "Box",
+    "CropBox",
     "ORIENTATION_NAMES",
     "ORIENTATION_SETS",
     "base_size_px",
+    "fitting_scales",
     "inverse_orientation",
     "lattice_px",
     "orient",
     "orient_point",
+    "render",
     "token_box",
     "view_specs",
 ]
@@ -55,6 +59,16 @@ class Box:
     width: int
 
 
+@dataclass(frozen=True)
+class CropBox:
+    """As ``Box``, anywhere: fractions of pixels, partly or wholly outside the tile. See ``crops.py``."""
+
+    y: float
+    x: float
+    height: float
+    width: float
+
+
 def orient(array: NDArray[Any], orientation: int, axes: tuple[int, int] = (0, 1)) -> NDArray[Any]:
     """Return ``array`` in orientation ``0..7``: an exact copy or view of the same values, (row, column) = ``axes``."""
     turned = np.rot90(array, orientation % 4, axes)
@@ -73,12 +87,31 @@ def orient_point(y: float, x: float, side: float, orientation: int) -> tuple[flo
     return (y, side - x) if orientation >= 4 else (y, x)
 
 
+def render(tile: NDArray[np.uint8], view: ViewSpec) -> NDArray[np.uint8]:
+    """Return what ``view`` shows of ``tile`` ``[H, H, 3]``: uint8 ``[side, side, 3]`` at tile resolution, contiguous.
+
+    Turned, cut, then recoloured; the resize to ``view.size_px`` is the teacher's. Where nothing changes, the tile.
+    Raises ``UsageError`` when the crop leaves the tile.
+    """
+    shown: NDArray[np.uint8] = orient(tile, view.orientation)
+    if (crop := view.crop) is not None:
+        if max(crop.y, crop.x) + crop.side_px > len(tile):
+            raise UsageError(f"view {view.name}: its crop {crop!r} leaves the tile of {len(tile)} px")
+        shown = shown[crop.y : crop.y + crop.side_px, crop.x : crop.x + crop.side_px]
+    if view.photometry is not None:
+        shown = photometric(shown, view.photometry)
+    return np.ascontiguousarray(shown)
+
+
 def base_size_px(teacher: TeacherSpec, tile_px: int) -> int:
     """Return the side of the view at scale 1: dyadic on the tile, nearest to what the teacher was trained at.
 
     Strides of 4, 8, 16, 32 or 64 tile pixels that divide the tile are candidates (decision 9: one lattice); the
-    nearest view side to ``min(native, tile)`` on a log scale wins. 512-px tiles: DINOv2 448, CLIP-L/14 224.
+    nearest view side to ``min(native, tile)`` on a log scale wins. 512-px tiles: DINOv2 448, CLIP-L/14 224. A teacher
+    that aligns corners (``_paper``) is on no lattice anyway: it sees the side it was trained at.
     """
+    if teacher.pixel.align_corners:
+        return teacher.native_px
     goal = min(teacher.native_px, tile_px)
     sides = [tile_px // d * teacher.patch_px for d in (64, 32, 16, 8, 4) if tile_px % d == 0]
     if not sides:
@@ -86,6 +119,15 @@ def base_size_px(teacher: TeacherSpec, tile_px: int) -> int:
             f"tiles of {tile_px} px have no lattice of 4, 8, 16, 32 or 64 px; cut tiles whose side is a multiple of 32"
         )
     return min(sides, key=lambda side: (abs(math.log(side / goal)), side))
+
+
+def fitting_scales(teacher: TeacherSpec, tile_px: int, scales: tuple[float, ...]) -> tuple[float, ...]:
+    """Return those of ``scales`` that tiles of ``tile_px`` can have; all of them when none can, so that they are named.
+
+    For defaults: tiles of 6000 px have no scale 0.5, and nobody asked for it.
+    """
+    base = base_size_px(teacher, tile_px)
+    return tuple(s for s in scales if base * s % teacher.patch_px == 0) or scales
 
 
 def view_specs(teacher: TeacherSpec, tile_px: int, scales: tuple[float, ...], orientations: int) -> list[ViewSpec]:
@@ -122,13 +164,18 @@ def lattice_px(specs: list[FeatureSpec]) -> int:
     return lattice
 
 
-def token_box(spec: FeatureSpec, box: Box) -> Box:
-    """Return the tokens whose cells fill ``box`` exactly. Raises ``UsageError`` when the box is off the lattice."""
-    stride = spec.stride_tile_px
-    edges = [v / stride for v in (box.y, box.x, box.height, box.width)]
-    if any(e != int(e) for e in edges) or box.height <= 0 or box.width <= 0:
+def token_box(spec: FeatureSpec, box: Box | CropBox) -> Box:
+    """Return the tokens whose cells fill ``box`` exactly, to a millionth of a token.
+
+    ``box`` is in tile pixels of the oriented frame, for a fixed view too. Raises ``UsageError`` when it is off the
+    lattice or leaves what the view shows.
+    """
+    stride, (top, left) = spec.stride_tile_px, spec.origin_tile_px
+    edges = [v / stride for v in (box.y - top, box.x - left, box.height, box.width)]
+    y, x, height, width = (round(e) if math.isfinite(e) else -1 for e in edges)
+    off = any(abs(e - t) > 1e-6 for e, t in zip(edges, (y, x, height, width), strict=True))
+    if off or height <= 0 or width <= 0:
         raise UsageError(f"{spec.key}: box {box} is not on its lattice of {stride:g} tile pixels; align the crop to it")
-    y, x, height, width = (int(e) for e in edges)
     rows, columns = spec.grid
     if y < 0 or x < 0 or y + height > rows or x + width > columns:
         raise UsageError(f"{spec.key}: box {box} leaves the tile of {spec.tile_px} px")
