@@ -14,23 +14,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rsmtdf_cache.codecs import load_codec
+from rsmtdf_cache.codecs import Codec, Codes, codec_name
 from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError, ResourceError, UsageError, did_you_mean
 from rsmtdf_cache.files import read_json
 from rsmtdf_cache.head import find_snapshot, load_whole
-from rsmtdf_cache.layout import StorePaths, shard_layout
+from rsmtdf_cache.layout import Part, StorePaths, parts_of, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.readcheck import is_checked, mark_checked
 from rsmtdf_cache.shard import ShardReader
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec
 from rsmtdf_cache.tiles import TileTable
-from rsmtdf_cache.views import Box, token_box
+from rsmtdf_cache.views import Box, CropBox, token_box
 
 if TYPE_CHECKING:
     import xarray
 
+    from rsmtdf_cache.crops import TokenGrid
     from rsmtdf_cache.share.remote import RemoteMirror
 
 __all__ = ["FeatureStore", "Features"]
@@ -44,7 +45,8 @@ class Features:
 
     ``values`` ``[n, h, w, D]`` float16 in the teacher's own scale; ``valid`` ``[n, h, w]``: False where the tile has no
     committed features. Token ``(i, j)`` of crop ``k`` is centred at ``offset_px + stride_px * (i, j)`` in tile pixels,
-    counted from the crop's own corner in the frame ``orientation``.
+    counted from the crop's own corner in the frame ``orientation``. ``exact``: valid tokens are stored ones, bit for
+    bit; otherwise they were read between tokens, or stem from another orientation (see ``crops.py``).
     """
 
     values: NDArray[np.float16]
@@ -52,6 +54,7 @@ class Features:
     stride_px: float
     offset_px: float
     orientation: int
+    exact: bool = True
 
 
 class FeatureStore:
@@ -83,8 +86,9 @@ class FeatureStore:
         self.ledger = ledger
         self._specs = self.ledger.specs()
         # Read at every crop, so looked up once: which shards of a key are committed, by row group.
-        self._records = {key: self.ledger.shards(key) for key in self._specs}
-        self._shards: dict[tuple[FeatureKey, int], ShardReader] = {}
+        self._records = {(k, p): self.ledger.shards(k, p) for k, spec in self._specs.items() for p in parts_of(spec)}
+        self._shards: dict[tuple[FeatureKey, int, Part], ShardReader] = {}
+        self._codecs: dict[FeatureKey, Codec] = {}
         self._lock = threading.Lock()
         _OPEN.add(self)
 
@@ -157,18 +161,16 @@ class FeatureStore:
             )
         return self._specs[key]
 
-    def stored(self, key: FeatureKey, row: int) -> NDArray[Any] | None:
-        """Return the codes ``[h, w, D]`` of one tile as they are stored, None when they are not committed."""
-        self.spec(key)
-        self._check_row(key, row)
-        group, offset = divmod(row, self.manifest.group_rows)
-        shard = self._shard(key, group)
-        if shard is None or not shard.present[offset]:
-            return None
-        spec = self.spec(key)
-        codes = np.empty((*spec.grid, spec.layer.channels), load_codec(spec.encoding).dtype)
-        shard.read(offset, 0, 0, codes)
-        return codes
+    def codec(self, key: FeatureKey) -> Codec:
+        """Return what turns stored codes of ``key`` into features. Raises ``FindingsError`` without its calibration."""
+        if key not in self._codecs:
+            self._codecs[key] = self.ledger.codec(self.spec(key))
+        return self._codecs[key]
+
+    def stored(self, key: FeatureKey, row: int) -> Codes | None:
+        """Return the codes of one tile's map as they are stored, None when they are not committed."""
+        codes = self.read_codes(key, [row])
+        return codes[0] if bool(self._present(key, row)) else None
 
     def stats(self, key: FeatureKey) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return mean and standard deviation per channel ``[D]`` over all committed tokens of ``key``."""
@@ -181,7 +183,7 @@ class FeatureStore:
         self.spec(key)
         mask = np.zeros(len(self.tiles), np.bool_)
         commits = self._commits(key)
-        for group in self._records[key]:
+        for group in self._records[key, "features"]:
             mask[commits[group].start : commits[group].stop] = True
         return mask & np.array([r is not None for r in self.tiles.records], np.bool_)
 
@@ -189,7 +191,7 @@ class FeatureStore:
         self,
         key: FeatureKey,
         rows: Sequence[int],
-        boxes: Sequence[Box] | None = None,
+        boxes: Sequence[Box | CropBox] | None = None,
         out: NDArray[np.float16] | None = None,
     ) -> Features:
         """Return the features of ``rows``: whole maps, or one ``Box`` each (tile pixels of the oriented frame).
@@ -198,34 +200,61 @@ class FeatureStore:
         float16 receives the values when given. Raises ``UsageError`` for an unknown key, row or box off the lattice,
         ``FindingsError`` for a damaged shard.
         """
+        spec, codec = self.spec(key), self.codec(key)
+        codes = self.read_codes(key, rows, boxes)
+        shape = (*codes.values.shape[:-1], spec.layer.channels)
+        if out is not None and (out.shape != shape or out.dtype != np.float16):
+            raise UsageError(f"{key}: out is {out.dtype}{out.shape}, needed is float16{shape}")
+        values = codec.decode(codes)
+        if out is not None:
+            out[...] = values
+            values = out
+        there = np.array([self._present(key, row) for row in rows], np.bool_)
+        valid = np.broadcast_to(there[:, None, None], shape[:-1]).copy()
+        return Features(values, valid, spec.stride_tile_px, spec.offset_tile_px, spec.view.orientation)
+
+    def read_codes(self, key: FeatureKey, rows: Sequence[int], boxes: Sequence[Box | CropBox] | None = None) -> Codes:
+        """Return what ``read`` returns as it is stored: ``values [n, h, w, C]``, of some codecs ``scale [n, h, w]``.
+
+        Smaller to move than features; ``codecs.device.DeviceDecoder`` turns them into features on a device. Tokens that
+        are not committed have NaN as value or scale. Raises what ``read`` raises.
+        """
         spec = self.spec(key)
-        codec = load_codec(spec.encoding)
         crops = [token_box(spec, b) for b in boxes] if boxes is not None else [Box(0, 0, *spec.grid)] * len(rows)
         sizes = {(c.height, c.width) for c in crops}
         if len(crops) != len(rows) or len(sizes) > 1:
             raise UsageError(f"{key}: give one box for each of the {len(rows)} rows, all of one size")
         height, width = sizes.pop() if sizes else spec.grid
-        stored = np.empty((len(rows), height, width, spec.layer.channels), codec.dtype)
-        valid = np.zeros((len(rows), height, width), np.bool_)
-        shards: dict[int, ShardReader | None] = {}
-        if out is not None and (out.shape != stored.shape or out.dtype != np.float16):
-            raise UsageError(f"{key}: out is {out.dtype}{out.shape}, needed is float16{stored.shape}")
-        for n, (row, crop) in enumerate(zip(rows, crops, strict=True)):
-            self._check_row(key, row)
-            group, offset = divmod(row, self.manifest.group_rows)
-            if group not in shards:
-                shards[group] = self._shard(key, group)
-            shard = shards[group]
-            if shard is None or not shard.present[offset]:
-                stored[n] = codec.fill
-                continue
-            shard.read(offset, crop.y, crop.x, stored[n])
-            valid[n] = True
-        values = codec.decode(stored)
-        if out is not None:
-            out[...] = values
-            values = out
-        return Features(values, valid, spec.stride_tile_px, spec.offset_tile_px, spec.view.orientation)
+        found: dict[Part, NDArray[Any]] = {}
+        for part in parts_of(spec):
+            layout = shard_layout(spec, self.manifest.group_rows, part)
+            found[part] = np.empty((len(rows), height, width, layout.channels), layout.dtype)
+            shards: dict[int, ShardReader | None] = {}
+            for n, (row, crop) in enumerate(zip(rows, crops, strict=True)):
+                self._check_row(key, row)
+                group, offset = divmod(row, self.manifest.group_rows)
+                if group not in shards:
+                    shards[group] = self._shard(key, group, part)
+                shard = shards[group]
+                if shard is None:
+                    found[part][n] = layout.fill
+                else:
+                    shard.read(offset, crop.y, crop.x, found[part][n])
+        return Codes(found["features"], found["scale"][..., 0] if "scale" in found else None)
+
+    def crop(
+        self,
+        key: FeatureKey | str,
+        rows: Sequence[int],
+        boxes: Sequence[Box | CropBox] | None = None,
+        grid: TokenGrid | None = None,
+        orientation: int | None = None,
+        approximate: bool = False,
+    ) -> Features:
+        """Return ``rows`` cut by any ``boxes``, read on any ``grid``, in any orientation: ``crops.read_crops``."""
+        from rsmtdf_cache.crops import read_crops
+
+        return read_crops(self, key, rows, boxes, grid, orientation, approximate)
 
     def to_xarray(self) -> xarray.DataTree:
         """Return the store as an ``xarray.DataTree`` of lazily read, labelled arrays."""
@@ -242,12 +271,17 @@ class FeatureStore:
         """Return what ``cache info`` shows, as JSON data."""
         arrays = []
         for key in self.keys():
-            spec, shards = self._specs[key], list(self._records[key].values())
+            spec, shards = self._specs[key], self.ledger.all_shards(key)
+            record = self.ledger.sets[self.ledger.set_of(key)]
+            quality = record.quality.get(key.layer)
             arrays.append({
                 "key": str(key), "digest": spec.digest(), "grid": list(spec.grid), "channels": spec.layer.channels,
                 "stride_tile_px": spec.stride_tile_px, "offset_tile_px": spec.offset_tile_px,
-                "codec": spec.encoding.codec, "tiles": int(self.committed(key).sum()),
+                "view": spec.view.to_json(),
+                "codec": codec_name(spec.encoding), "tiles": int(self.committed(key).sum()),
                 "shards": len(shards), "nbytes": sum(s.nbytes for s in shards),
+                "calibration": record.calibrations.get(key.layer, ""),
+                "quality": quality.to_json() if quality is not None else None,
             })  # fmt: skip
         teachers = {s.teacher.name: s.teacher for s in self._specs.values()}
         return {
@@ -261,6 +295,12 @@ class FeatureStore:
             "arrays": arrays,
         }  # fmt: skip
 
+    def _present(self, key: FeatureKey, row: int) -> bool:
+        """Whether the shard of ``row`` is committed and holds it."""
+        group, offset = divmod(row, self.manifest.group_rows)
+        shard = self._shard(key, group)
+        return shard is not None and bool(shard.present[offset])
+
     def _check_row(self, key: FeatureKey, row: int) -> None:
         if not isinstance(row, (int, np.integer)) or not 0 <= row < len(self.tiles):
             raise UsageError(
@@ -273,20 +313,20 @@ class FeatureStore:
     def _commits(self, key: FeatureKey) -> dict[int, Commit]:
         return self.ledger.commits[self.ledger.set_of(key)]
 
-    def _shard(self, key: FeatureKey, group: int) -> ShardReader | None:
-        record = self._records[key].get(group)
+    def _shard(self, key: FeatureKey, group: int, part: Part = "features") -> ShardReader | None:
+        record = self._records[key, part].get(group)
         if record is None:
             return None
         with self._lock:
-            shard = self._shards.get((key, group))
+            shard = self._shards.get((key, group, part))
             if shard is None:
-                shard = self._shards[key, group] = self._open_shard(key, group, record)
+                shard = self._shards[key, group, part] = self._open_shard(key, group, part, record)
             elif self.verify_reads == "always":
                 _compare(shard, record)
         return shard
 
-    def _open_shard(self, key: FeatureKey, group: int, record: ShardRecord) -> ShardReader:
-        place = self.paths.shard(key, group)
+    def _open_shard(self, key: FeatureKey, group: int, part: Part, record: ShardRecord) -> ShardReader:
+        place = self.paths.shard(key, group, part)
         if record.path != self.paths.relative(place):
             raise MismatchError(
                 f"{self.shown}: the ledger names {record.path} for {key}, expected {self.paths.relative(place)}"
@@ -307,7 +347,7 @@ class FeatureStore:
         return shard
 
     def _map(self, place: Path, key: FeatureKey, record: ShardRecord) -> ShardReader:
-        layout = shard_layout(self._specs[key], self.manifest.group_rows)
+        layout = shard_layout(self._specs[key], self.manifest.group_rows, record.part)
         if self._mirror is None:
             try:
                 return ShardReader(place, layout)

@@ -7,36 +7,19 @@ were centred in their cells would ask the student for features of a place it is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from rsmtdf_cache.resampling import Grid, interpolation_weights
+
 __all__ = ["Grid", "resample", "resample_matrix"]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Token centres along one axis: ``offset_px + i * stride_px``, ``i < tokens``."""
-
-    tokens: int
-    stride_px: float
-    offset_px: float
-
-
 def resample_matrix(source: Grid, target: Grid) -> Tensor:
-    """Return ``[target.tokens, source.tokens]`` float32 whose rows sum to 1: linear interpolation between centres.
-
-    Where the target is coarser, the triangle is as wide as the target's stride, so that no source token is skipped.
-    Beyond the outermost source centre the nearest tokens count.
-    """
-    width = max(source.stride_px, target.stride_px)
-    centres = source.offset_px + source.stride_px * torch.arange(source.tokens, dtype=torch.float64)
-    wanted = target.offset_px + target.stride_px * torch.arange(target.tokens, dtype=torch.float64)
-    wanted = wanted.clamp(centres[0], centres[-1])
-    weights = (1 - (wanted[:, None] - centres[None]).abs() / width).clamp(min=0)
-    return (weights / weights.sum(1, keepdim=True)).float()
+    """Return ``[target.tokens, source.tokens]`` float32; see ``resampling.interpolation_weights``."""
+    return torch.from_numpy(interpolation_weights(source, target.centres(), target.stride_px))
 
 
 @lru_cache(maxsize=256)

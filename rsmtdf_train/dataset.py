@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.errors import DataError, MismatchError
 from rsmtdf_cache.sources.base import Tile, TileSource
 from rsmtdf_cache.views import orient
@@ -109,13 +110,13 @@ class TileDataset:
         Raises ``TileError`` for a tile that cannot be read, ``MismatchError`` for one whose pixels are not those of
         the store.
         """
-        features: list[dict[str, NDArray[np.float16]]] = [{} for _ in draws]
+        features: list[dict[str, Codes]] = [{} for _ in draws]
         if self.targets is not None:
             requests = [TargetRequest(self._rows[d.tile_id], d.orientation, d.box) for d in draws]
             features = self.targets.read(requests)
         return [self._cut(draw, found) for draw, found in zip(draws, features, strict=True)]
 
-    def _cut(self, draw: Draw, features: dict[str, NDArray[np.float16]]) -> Sample:
+    def _cut(self, draw: Draw, features: dict[str, Codes]) -> Sample:
         box = draw.box
         rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
         image, label = (

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rsmtdf_cache.crops import nearest_orientation
 from rsmtdf_cache.errors import MismatchError, RsmtdfError, UsageError, did_you_mean
 from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.request import TeacherAsked, parse_teacher
@@ -150,9 +151,13 @@ def _judge(store: FeatureStore, recipe: Recipe, source: TileSource) -> tuple[str
             check_pins(store, recipe.distill.pins)
         except MismatchError as error:
             raise _Misfit("; ".join(line.strip() for line in str(error).splitlines()[1:-1])) from None
-    geometry = store_geometry(store, recipe.crop_px)
+    approximate = recipe.augment.approximate_orientations
+    geometry = store_geometry(store, recipe.crop_px, approximate=approximate)
     for key in match_keys(distill.keys, list(stored)):
-        for orientation in geometry.orientations:
+        frames = set(geometry.orientations)
+        if approximate:
+            frames = {nearest_orientation(frame, stored[key]) for frame in frames}
+        for orientation in sorted(frames):
             if orientation not in stored[key]:
                 raise _Misfit(f"{key} is not stored in orientation {orientation}, other features are", appendable=True)
             rows = store.committed(stored[key][orientation].key)
@@ -162,7 +167,7 @@ def _judge(store: FeatureStore, recipe: Recipe, source: TileSource) -> tuple[str
                 raise _Misfit(
                     f"{where} lacks {len(absent)} of {len(train)} train tiles ({_few(absent)})", appendable=True
                 )
-    CachedTargets(store, distill.keys, geometry)
+    CachedTargets(store, distill.keys, geometry, approximate)
     return notes
 
 
@@ -198,6 +203,9 @@ def _judge_teacher(asked: TeacherAsked, specs: Sequence[FeatureSpec]) -> None:
     if not mine:
         names = sorted({spec.teacher.name for spec in specs})
         raise _Misfit(f"holds no features of teacher {asked.name} (it has {_few(names)})", appendable=True)
+    rules = {spec.teacher.positions for spec in mine}
+    if asked.positions is not None and rules != {asked.positions}:
+        raise _Misfit(f"has {asked.name} with positions={_few(sorted(rules))}, not {asked.positions}")
     layers = {spec.layer.name for spec in mine}
     if missing := sorted(set(asked.layers or ()) - layers):
         raise _Misfit(f"lacks {_few(missing)} of teacher {asked.name}", appendable=True)

@@ -16,7 +16,7 @@ from rsmtdf_cache.sources.base import TileSource
 from rsmtdf_train.augment import photometric, token_weights
 from rsmtdf_train.dataset import TileDataset
 from rsmtdf_train.recipe import Recipe
-from rsmtdf_train.sample import Batch, LabeledBatch, Sample, Targets, UnlabeledBatch
+from rsmtdf_train.sample import Batch, Coded, LabeledBatch, Sample, Targets, UnlabeledBatch
 from rsmtdf_train.sampler import LABELED, UNLABELED, Draw, Geometry, Stream
 from rsmtdf_train.targets import CachedTargets, TargetMode, TargetSpec, store_geometry
 
@@ -53,15 +53,17 @@ class BatchLoader:
         """Return the loader of a run.
 
         With a store, crops lie on the lattice and in the orientations of its features (those that match
-        ``geometry_keys``, default all) also when ``recipe`` does not distil, so that arms are paired. Raises
+        ``geometry_keys``, default all; or all eight, where the recipe takes approximations) also when ``recipe`` does
+        not distil, so that arms are paired. Raises
         ``UsageError`` (recipe), ``MismatchError`` (store and dataset), ``DataError`` (dataset).
         """
         if store is None:
             if recipe.distill is not None:
                 raise UsageError("distill with cached targets needs a store: --use-cache STORE, or --no-distill")
             return cls(TileDataset(source, None, Geometry(source.tile_px, recipe.crop_px)), recipe, threads)
-        geometry = store_geometry(store, recipe.crop_px, geometry_keys)
-        targets = None if recipe.distill is None else CachedTargets(store, recipe.distill.keys, geometry)
+        approximate = recipe.augment.approximate_orientations
+        geometry = store_geometry(store, recipe.crop_px, geometry_keys, approximate)
+        targets = None if recipe.distill is None else CachedTargets(store, recipe.distill.keys, geometry, approximate)
         return cls(TileDataset(source, targets, geometry, left_out=store.quarantined), recipe, threads)
 
     @property
@@ -123,22 +125,17 @@ class BatchLoader:
         )
 
     def stack_targets(self, samples: Sequence[Sample]) -> Targets:
-        """Return the standardised features of ``samples``; a token that is not valid gets value and weight 0."""
-        features: dict[str, Tensor] = {}
+        """Return the codes of the features of ``samples`` and the weights of their tokens; see ``Targets.decoded``."""
+        coded: dict[str, Coded] = {}
         weights: dict[str, Tensor] = {}
         for key, spec in self._specs.items():
-            # torch converts float16 ten times faster than numpy does.
-            values = torch.from_numpy(np.stack([s.features[key] for s in samples])).float()
-            values.sub_(torch.from_numpy(spec.mean)).div_(torch.from_numpy(spec.std))
+            found = [s.features[key] for s in samples]
+            values = torch.from_numpy(np.stack([codes.values for codes in found]))
+            scales = [codes.scale for codes in found if codes.scale is not None]
             grid = (values.shape[1], values.shape[2])
-            weight = torch.from_numpy(np.stack([token_weights(s.valid, grid, spec.offset_px) for s in samples]))
-            # The sum of a token is finite only if all its channels are: one pass instead of a mask of all values.
-            finite = values.sum(-1).isfinite()
-            if not finite.all():
-                weight *= finite
-                values[~finite] = 0
-            features[key], weights[key] = values, weight
-        return Targets(features, weights)
+            weights[key] = torch.from_numpy(np.stack([token_weights(s.valid, grid, spec.offset_px) for s in samples]))
+            coded[key] = Coded(values, torch.from_numpy(np.stack(scales)) if scales else None, spec.decoder)
+        return Targets({}, weights, coded)
 
 
 def _images(samples: Sequence[Sample]) -> Tensor:

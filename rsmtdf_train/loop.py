@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,8 @@ def train(
         return RunResult(out, recipe.steps, recipe.steps, metrics)
     if left_out := run.loader.dataset.left_out:
         on_event(Warned(f"{len(left_out)} tiles that the store's build could not use are left out of training"))
+    if run.loader.targets is not None and run.loader.targets.approximated:
+        on_event(Warned(_approximations(run.loader.targets.approximated)))
     state = build_state(recipe, len(run.identity.classes), run.identity.targets, run.device)
     _check_geometry(recipe, state)
     load_checkpoint(run.folder, run.identity, state)
@@ -160,7 +162,11 @@ def scores_to_json(identity: RunIdentity, split: str, scores: dict[str, Scores],
         "seed": recipe.seed,
         "step": step,
         "method": recipe.method,
-        "targets": {"mode": recipe.targets, "keys": [t.key for t in identity.targets]},
+        "targets": {
+            "mode": recipe.targets,
+            "keys": [t.key for t in identity.targets],
+            **({"approximate_orientations": True} if recipe.augment.approximate_orientations else {}),
+        },
         "fused": recipe.fuse is not None,
         "store": identity.snapshot,
         "checkpoint": "ema",
@@ -168,6 +174,11 @@ def scores_to_json(identity: RunIdentity, split: str, scores: dict[str, Scores],
         "classes": [c.name for c in identity.classes],
         "scores": {kind: {"checkpoint": kind, **s.to_json()} for kind, s in scores.items()},
     }
+
+
+def _approximations(approximated: Mapping[str, tuple[int, ...]]) -> str:
+    lines = (f"{key} in orientations {', '.join(map(str, frames))}" for key, frames in approximated.items())
+    return f"approximate_orientations: these features are not stored, turned ones stand for them: {'; '.join(lines)}"
 
 
 def _open(

@@ -42,6 +42,9 @@ class StudentConfig(_Config):
     channels: int = Field(default=64, gt=0, description="width of the decoder")
     pretrained: bool = Field(default=False, description="start from the encoder's published weights")
     weights: Path | None = Field(default=None, description="encoder weights file, for machines without a hub")
+    positions: Literal["antialiased", "released"] = Field(
+        default="antialiased", description="how a ViT's position embedding is resampled for other sizes"
+    )
 
 
 class BatchConfig(_Config):
@@ -72,11 +75,20 @@ class AugmentConfig(_Config):
     """Photometric changes touch the student's strong view only; geometry is shared with label and features."""
 
     orientations: bool = Field(default=True, description="draw one of the orientations the store holds (or all of D4)")
+    approximate_orientations: bool = Field(
+        default=False, description="draw all eight; features of those not stored are turned maps of stored ones"
+    )
     jitter: float = Field(default=0.5, ge=0, le=1, description="brightness, contrast, saturation; hue is half of it")
     jitter_p: float = Field(default=0.8, ge=0, le=1)
     gray_p: float = Field(default=0.2, ge=0, le=1)
     blur_p: float = Field(default=0.5, ge=0, le=1)
     cutmix_p: float = Field(default=0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _approximates_what_it_draws(self) -> Self:
+        if self.approximate_orientations and not self.orientations:
+            raise ValueError("approximate_orientations draws all orientations, and orientations is false; set one")
+        return self
 
 
 class DistillConfig(_Config):

@@ -8,17 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Batch", "LabeledBatch", "Sample", "Targets", "UnlabeledBatch"]
+from rsmtdf_cache.codecs import Codes
+from rsmtdf_cache.codecs.device import DeviceDecoder
+
+__all__ = ["Batch", "Coded", "LabeledBatch", "Sample", "Targets", "UnlabeledBatch"]
 
 
 @dataclass(frozen=True)
 class Sample:
     """One crop of one tile in one oriented frame: geometry is applied, photometry is not.
 
-    ``features`` are in the teacher's own scale, keyed by ``"teacher/scale/layer"`` (the key of a target: a feature
+    ``features`` are codes as the store has them, keyed by ``"teacher/scale/layer"`` (the key of a target: a feature
     key without its orientation, see ``targets.py``).
     """
 
@@ -28,15 +32,45 @@ class Sample:
     image: NDArray[np.uint8]  # [H, W, 3] RGB
     label: NDArray[np.uint8]  # [H, W] class or ignore index; all ignore for an unlabelled tile
     valid: NDArray[np.bool_]  # [H, W] False on padding and no-data
-    features: dict[str, NDArray[np.float16]] = field(default_factory=dict)  # key -> [h, w, D]
+    features: dict[str, Codes] = field(default_factory=dict)  # key -> values [h, w, C], scale [h, w] or None
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Targets of one key as stored: values ``[B, h, w, C]``, scale ``[B, h, w]`` or None; and how to decode them."""
+
+    values: Tensor
+    scale: Tensor | None
+    decoder: DeviceDecoder
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Distillation targets of a batch: standardised features and the weight of each token."""
+    """Distillation targets of a batch: standardised features and the weight of each token.
+
+    The loader fills in ``codes``, which are small and travel to the device; there ``decoded`` makes ``features``.
+    """
 
     features: dict[str, Tensor]  # key -> [B, h, w, D] float32, zero mean and unit variance per channel of the store
     weights: dict[str, Tensor]  # key -> [B, h, w] float32 in 0..1; 0 = token does not count
+    codes: dict[str, Coded] = field(default_factory=dict)
+
+    def decoded(self, device: torch.device) -> Targets:
+        """Return the targets on ``device`` with features for codes; a token without any gets value and weight 0."""
+        features = {key: _moved(value, device) for key, value in self.features.items()}
+        weights = {key: _moved(value, device) for key, value in self.weights.items()}
+        for key, coded in self.codes.items():
+            scale = None if coded.scale is None else _moved(coded.scale, device)
+            values = coded.decoder(_moved(coded.values, device), scale)
+            # The sum of a token is finite only if all its channels are: one pass instead of a mask of all values.
+            finite = values.sum(-1).isfinite() if scale is None else scale.isfinite()
+            weights[key] = weights[key] * finite
+            features[key] = values.masked_fill_(~finite.unsqueeze(-1), 0)
+        return Targets(features, weights)
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    return value.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

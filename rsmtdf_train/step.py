@@ -143,19 +143,16 @@ def _joined(first: Targets, second: Targets) -> Targets:
 
 
 def batch_to(batch: Batch, device: torch.device) -> Batch:
-    """Return ``batch`` on ``device``; nothing is copied when it is there already."""
+    """Return ``batch`` on ``device``, its targets decoded there; nothing is copied when it is there already."""
 
     def move(x: Tensor) -> Tensor:
         return x.to(device, non_blocking=True)
 
-    def move_targets(t: Targets) -> Targets:
-        return Targets({k: move(v) for k, v in t.features.items()}, {k: move(v) for k, v in t.weights.items()})
-
     a, b = batch.labeled, batch.unlabeled
-    labeled = LabeledBatch(move(a.image), move(a.label), move_targets(a.targets))
+    labeled = LabeledBatch(move(a.image), move(a.label), a.targets.decoded(device))
     unlabeled = None
     if b is not None:
         unlabeled = UnlabeledBatch(
-            move(b.weak), move(b.strong), move(b.valid), move(b.label), move(b.cutmix_boxes), move_targets(b.targets)
+            move(b.weak), move(b.strong), move(b.valid), move(b.label), move(b.cutmix_boxes), b.targets.decoded(device)
         )
     return Batch(batch.step, labeled, unlabeled)

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from rsmtdf_cache.codecs import Codes, load_codec
+from rsmtdf_cache.codecs.device import DeviceDecoder
+from rsmtdf_cache.crops import nearest_orientation, read_crops, whole_views
 from rsmtdf_cache.errors import MismatchError, UsageError, did_you_mean
-from rsmtdf_cache.specs import FeatureSpec
+from rsmtdf_cache.specs import EncodingSpec, FeatureSpec
 from rsmtdf_cache.tiles import pixel_digest
 from rsmtdf_cache.views import Box, base_size_px, lattice_px, token_box
 from rsmtdf_train.sampler import Geometry
@@ -43,7 +46,8 @@ __all__ = [
 class TargetSpec:
     """One target. ``stride_px`` and ``offset_px`` are tile pixels in the oriented frame; token 0 of a crop on the
     lattice is centred at ``offset_px`` of the crop. ``mean`` and ``std`` (``[D]`` float32) are those of the
-    store; ``std`` is infinite for a channel that never changes, so that it standardises to 0.
+    store; ``std`` is infinite for a channel that never changes, so that it standardises to 0. ``decoder`` makes
+    standardised features of what ``TargetMode.read`` returns.
     """
 
     key: str
@@ -52,6 +56,7 @@ class TargetSpec:
     offset_px: float
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
+    decoder: DeviceDecoder
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,9 @@ class TargetMode(ABC):
     #: Targets by key, in a fixed order; the model builds one translator for each.
     specs: Mapping[str, TargetSpec]
 
+    #: Orientations whose targets are turned maps of others, by key: approximations that the recipe asked for.
+    approximated: Mapping[str, tuple[int, ...]] = {}
+
     @abstractmethod
     def row_of(self, tile_id: str) -> int:
         """Return the row of a tile. Raises ``KeyError``."""
@@ -82,8 +90,8 @@ class TargetMode(ABC):
         """Raise ``MismatchError`` when the targets were made from other pixels than ``image``."""
 
     @abstractmethod
-    def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, NDArray[np.float16]]]:
-        """Return for each request ``{key: [h, w, D] float16}`` in the teacher's scale; NaN in tokens not valid."""
+    def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, Codes]]:
+        """Return for each request ``{key: codes of [h, w]}``; NaN in tokens that are not valid."""
 
 
 def asked_as(teacher: str) -> str:
@@ -105,13 +113,9 @@ def match_keys(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
     return [key for key in known if not patterns or any(fnmatchcase(key, p) for p in patterns)]
 
 
-def target_specs(store: FeatureStore) -> dict[str, dict[int, FeatureSpec]]:
-    """Return ``{target key: {orientation: spec}}`` of all a store holds, sorted by key."""
-    found: dict[str, dict[int, FeatureSpec]] = defaultdict(dict)
-    for key in store.keys():
-        spec = store.spec(key)
-        found[f"{key.teacher}/s{spec.view.size_px}/{key.layer}"][spec.view.orientation] = spec
-    return {key: dict(sorted(found[key].items())) for key in sorted(found)}
+def target_specs(store: FeatureStore) -> Mapping[str, Mapping[int, FeatureSpec]]:
+    """Return ``{target key: {orientation: spec}}`` of all whole tiles a store holds, sorted by key; no fixed views."""
+    return whole_views(store)
 
 
 def check_pins(store: FeatureStore, pins: Mapping[str, str]) -> None:
@@ -122,7 +126,7 @@ def check_pins(store: FeatureStore, pins: Mapping[str, str]) -> None:
     """
     lines: list[str] = []
     targets = target_specs(store)
-    full = {str(spec.key): spec.digest() for by in targets.values() for spec in by.values()}
+    full = {str(key): store.spec(key).digest() for key in store.keys()}
     for key, pin in pins.items():
         if key in full:
             found = {full[key]}
@@ -146,12 +150,15 @@ def _upright(spec: FeatureSpec) -> FeatureSpec:
     return spec.model_copy(update={"view": spec.view.model_copy(update={"orientation": 0})})
 
 
-def store_geometry(store: FeatureStore, crop_px: int, patterns: Sequence[str] = ()) -> Geometry:
+def store_geometry(
+    store: FeatureStore, crop_px: int, patterns: Sequence[str] = (), approximate: bool = False
+) -> Geometry:
     """Return the crops whose features are stored for every target that matches ``patterns``.
 
     Without patterns: of all targets on a pixel lattice. So the geometry is a function of the store alone, and arms
-    that distil from all, some or none of its features see the same crops. Raises ``UsageError`` for a ``crop_px`` off
-    the lattice, a named target without one, targets that share no orientation, or a store without arrays.
+    that distil from all, some or none of its features see the same crops. ``approximate``: all eight orientations, for
+    features of those that are not stored can be approximated. Raises ``UsageError`` for a ``crop_px`` off the lattice,
+    a named target without one, targets that share no orientation, or a store without arrays.
     """
     stored = target_specs(store)
     if not stored:
@@ -166,23 +173,32 @@ def store_geometry(store: FeatureStore, crop_px: int, patterns: Sequence[str] = 
         chosen = [key for key in chosen if next(iter(stored[key].values())) in specs]
     if not chosen:
         raise UsageError(f"store {store.shown}: no features on a pixel lattice; build a view of a dyadic scale")
-    shared = set.intersection(*(set(stored[key]) for key in chosen))
+    shared = set(range(8)) if approximate else set.intersection(*(set(stored[key]) for key in chosen))
     return Geometry(store.tile_px, crop_px, lattice_px(specs), tuple(sorted(shared)))
 
 
 class CachedTargets(TargetMode):
     """Features of clean, whole tiles, read from a store by row, orientation and box."""
 
-    def __init__(self, store: FeatureStore, patterns: Sequence[str], geometry: Geometry) -> None:
-        """Choose the targets that match ``patterns``. Raises ``UsageError`` when they do not fit ``geometry``."""
+    def __init__(
+        self, store: FeatureStore, patterns: Sequence[str], geometry: Geometry, approximate: bool = False
+    ) -> None:
+        """Choose the targets that match ``patterns``.
+
+        ``approximate``: orientations of ``geometry`` that are not stored are made by turning stored ones. Raises
+        ``UsageError`` when targets and ``geometry`` do not fit.
+        """
         self.store = store
         self.geometry = geometry
         stored = target_specs(store)
         self._by_key = {key: stored[key] for key in match_keys(patterns, list(stored))}
         self.specs = {}
+        self.approximated = {}
         for key, by_orientation in self._by_key.items():
             missing = sorted(set(geometry.orientations) - set(by_orientation))
-            if missing:
+            if missing and approximate:
+                self.approximated[key] = tuple(missing)
+            elif missing:
                 raise UsageError(
                     f"{key}: orientations {missing} are not stored, other features have them; build the store with one "
                     f"--orientations for all teachers, or name fewer features in distill.keys"
@@ -198,7 +214,12 @@ class CachedTargets(TargetMode):
                 raise MismatchError(f"{spec.key}: its statistics are not finite; rebuild this array of {store.shown}")
             # A channel that never changes carries nothing: it becomes 0 instead of amplified rounding.
             std = np.where(std > 1e-6 * np.maximum(1, np.abs(mean)), std, np.float32(np.inf))
-            self.specs[key] = TargetSpec(key, spec.layer.channels, spec.stride_tile_px, spec.offset_tile_px, mean, std)
+            # Approximations are features, not codes, so a target that has some is read as features altogether.
+            codec = load_codec(EncodingSpec(), len(mean)) if key in self.approximated else store.codec(spec.key)
+            self.specs[key] = TargetSpec(
+                key, spec.layer.channels, spec.stride_tile_px, spec.offset_tile_px, mean, std,
+                DeviceDecoder(codec, mean, std),
+            )  # fmt: skip
 
     def row_of(self, tile_id: str) -> int:
         return self.store.tiles.row_of(tile_id)
@@ -206,7 +227,8 @@ class CachedTargets(TargetMode):
     def check_tiles(self, tile_ids: Iterable[str], data: Path) -> None:
         """Raise ``MismatchError`` unless every tile has a row and committed features in all frames of the geometry."""
         wanted = list(tile_ids)
-        keys = [by[o].key for by in self._by_key.values() for o in self.geometry.orientations]
+        frames = self.geometry.orientations
+        keys = [by[o].key for by in self._by_key.values() for o in {nearest_orientation(f, by) for f in frames}]
         committed = [np.asarray(self.store.committed(key)) for key in keys]
         absent: list[str] = []
         for tile_id in wanted:
@@ -232,24 +254,27 @@ class CachedTargets(TargetMode):
                 f"train on the dataset of the store, or build a new store from this one"
             )
 
-    def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, NDArray[np.float16]]]:
-        """Return for each request ``{key: [h, w, D] float16}`` in the teacher's scale; NaN in tokens not valid.
+    def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, Codes]]:
+        """Return for each request ``{key: codes of [h, w]}``; NaN in tokens that are not valid.
 
-        Raises ``UsageError`` for a box off the lattice or an orientation that is not stored.
+        Raises ``UsageError`` for a box off the lattice or an orientation that is neither stored nor approximated.
         """
-        results: list[dict[str, NDArray[np.float16]]] = [{} for _ in requests]
+        results: list[dict[str, Codes]] = [{} for _ in requests]
         by_orientation: dict[int, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             by_orientation[request.orientation].append(index)
         for key, specs in self._by_key.items():
             for orientation, indices in by_orientation.items():
-                if orientation not in specs:
+                rows, boxes = [requests[i].row for i in indices], [requests[i].box for i in indices]
+                if key in self.approximated:
+                    crops = read_crops(self.store, key, rows, boxes, orientation=orientation, approximate=True)
+                    found = Codes(crops.values)
+                elif orientation not in specs:
                     raise UsageError(f"{key}: orientation {orientation} is not stored; have {sorted(specs)}")
-                wanted = [requests[i] for i in indices]
-                found = self.store.read(specs[orientation].key, [r.row for r in wanted], [r.box for r in wanted])
-                found.values[~found.valid] = np.nan
-                for index, values in zip(indices, found.values, strict=True):
-                    results[index][key] = values
+                else:
+                    found = self.store.read_codes(specs[orientation].key, rows, boxes)
+                for n, index in enumerate(indices):
+                    results[index][key] = found[n]
         return results
 
     def _build_command(self, data: Path) -> str:

@@ -7,6 +7,7 @@ image, label and features must name the same place.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rsmtdf_cache.errors import DataError, MismatchError, RsmtdfError, TileError, UsageError
+from rsmtdf_cache.events import Warned
 from rsmtdf_cache.layout import ArraySet, StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest, create_manifest
@@ -28,10 +30,13 @@ from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cache.tiles import TileRecord, pixel_digest
 from rsmtdf_cache.views import Box, inverse_orientation, orient_point
 from rsmtdf_cache.writer import UnitWriter
+from rsmtdf_train.augment import cutmix, cutmix_targets
 from rsmtdf_train.loader import BatchLoader
+from rsmtdf_train.loop import train
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sample import Batch
-from rsmtdf_train.targets import CachedTargets, TargetRequest
+from rsmtdf_train.step import batch_to
+from rsmtdf_train.targets import CachedTargets, TargetRequest, store_geometry
 from tests.datasets import write_dataset
 
 TILE_PX, TILES, GROUP_ROWS = 64, 12, 5
@@ -128,6 +133,10 @@ def open_loader(data: Path, store: FeatureStore | None, threads: int = 1, **chan
     return BatchLoader.open(open_source(data), recipe(data, **changes), store, threads)
 
 
+def decoded(batch: Batch) -> Batch:
+    return batch_to(batch, torch.device("cpu"))
+
+
 def same(a: Batch, b: Batch, targets: bool = True) -> bool:
     def tensors(batch: Batch) -> list[torch.Tensor]:
         found = [batch.labeled.image, batch.labeled.label]
@@ -140,7 +149,7 @@ def same(a: Batch, b: Batch, targets: bool = True) -> bool:
             found += [t[k] for p in parts for t in (p.features, p.weights) for k in sorted(t)]
         return found
 
-    x, y = tensors(a), tensors(b)
+    x, y = tensors(decoded(a)), tensors(decoded(b))
     return len(x) == len(y) and all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
 
 
@@ -157,7 +166,7 @@ def test_image_label_and_features_of_a_sample_name_the_same_place(data: Path, st
         np.testing.assert_array_equal(sample.label, label_at(n, ys, xs))
         assert store.tiles.ids[sample.row] == sample.tile_id
         for key, spec in loader.targets.specs.items():
-            tokens = sample.features[key]
+            tokens = sample.features[key].values
             side = 32 // int(spec.stride_px)
             assert tokens.shape == (side, side, 5)
             for i, j in np.ndindex(side, side):
@@ -175,13 +184,13 @@ def test_image_label_and_features_of_a_sample_name_the_same_place(data: Path, st
 def test_batch_targets_are_the_samples_standardised_with_full_weight(data: Path, store: FeatureStore) -> None:
     loader = open_loader(data, store)
     assert loader.unlabeled is not None and loader.targets is not None
-    batch = loader.batch(4)
+    batch = decoded(loader.batch(4))
     assert batch.unlabeled is not None
     samples = loader.dataset.samples(loader.unlabeled.draws(4, 5))
     for key, spec in loader.targets.specs.items():
         features = batch.unlabeled.targets.features[key].numpy()
         assert features.dtype == np.float32
-        raw = np.stack([s.features[key] for s in samples]).astype(np.float32)
+        raw = np.stack([s.features[key].values for s in samples]).astype(np.float32)
         np.testing.assert_allclose(features[..., :3] * spec.std[:3] + spec.mean[:3], raw[..., :3], atol=1e-3)
         assert (features[..., 4] == 0).all(), "a constant channel must become 0"
         assert (batch.unlabeled.targets.weights[key] == 1).all()
@@ -196,7 +205,7 @@ def test_batch_targets_are_the_samples_standardised_with_full_weight(data: Path,
 
 
 def test_batch_has_the_shapes_dtypes_and_ranges_of_the_contract(data: Path, store: FeatureStore) -> None:
-    batch = open_loader(data, store).batch(0)
+    batch = decoded(open_loader(data, store).batch(0))
     u = batch.unlabeled
     assert u is not None
     assert batch.labeled.image.shape == (3, 3, 32, 32) and u.weak.shape == u.strong.shape == (5, 3, 32, 32)
@@ -217,7 +226,7 @@ def test_labelled_crops_come_from_the_subset_and_unlabelled_ones_from_all_of_tra
     data: Path, store: FeatureStore
 ) -> None:
     loader = open_loader(data, store)
-    batches = [loader.batch(s) for s in range(8)]
+    batches = [decoded(loader.batch(s)) for s in range(8)]
     labeled = {n for b in batches for n in numbers(b.labeled.image)}
     unlabeled = {n for b in batches if b.unlabeled for n in numbers(b.unlabeled.weak)}
     assert labeled == set(LABELED)
@@ -234,7 +243,7 @@ def test_batches_do_not_depend_on_threads_or_on_where_a_run_resumes(data: Path, 
 
 
 def test_another_seed_gives_other_batches(data: Path, store: FeatureStore) -> None:
-    assert not same(open_loader(data, store).batch(0), open_loader(data, store, seed=1).batch(0))
+    assert not same(decoded(open_loader(data, store).batch(0)), decoded(open_loader(data, store, seed=1).batch(0)))
 
 
 def test_the_baseline_on_the_same_store_sees_the_same_batches_without_targets(data: Path, store: FeatureStore) -> None:
@@ -243,21 +252,21 @@ def test_the_baseline_on_the_same_store_sees_the_same_batches_without_targets(da
     some = open_loader(data, store, distill={"keys": ["fine/*"]})
     assert list(some.targets.specs if some.targets else ()) == ["fine/s64/a"]
     for step in range(3):
-        a, b = with_targets.batch(step), baseline.batch(step)
-        assert same(a, b, targets=False) and same(a, some.batch(step), targets=False)
+        a, b = decoded(with_targets.batch(step)), decoded(baseline.batch(step))
+        assert same(a, b, targets=False) and same(a, decoded(some.batch(step)), targets=False)
         assert b.labeled.targets.features == {}
-    supervised = open_loader(data, store, **off, method="supervised").batch(1)
+    supervised = decoded(open_loader(data, store, **off, method="supervised").batch(1))
     assert supervised.unlabeled is None
-    assert torch.equal(supervised.labeled.image, baseline.batch(1).labeled.image)
+    assert torch.equal(supervised.labeled.image, decoded(baseline.batch(1)).labeled.image)
 
 
 def test_a_token_that_is_not_valid_has_no_weight_and_no_value(data: Path, tmp_path: Path, store: FeatureStore) -> None:
     loader = open_loader(data, store)
     assert loader.unlabeled is not None and loader.targets is not None
     first, second = loader.dataset.samples(loader.unlabeled.draws(0, 2))
-    first.features["fine/s64/a"][1, 2, 0] = np.nan
+    first.features["fine/s64/a"].values[1, 2, 0] = np.nan
     second.valid[31, 31] = False
-    targets = loader.stack_targets([first, second])
+    targets = loader.stack_targets([first, second]).decoded(torch.device("cpu"))
     for key, (expected_first, expected_second) in {
         "fine/s64/a": ((1, 2), (3, 3)),
         "coarse/s64/b": (None, (1, 1)),
@@ -269,14 +278,14 @@ def test_a_token_that_is_not_valid_has_no_weight_and_no_value(data: Path, tmp_pa
     partial = FeatureStore.open(write_store(data, tmp_path / "partial", commit_groups=1))
     cached = CachedTargets(partial, (), loader.dataset.geometry)
     there, missing = cached.read([TargetRequest(row, 2, Box(0, 16, 32, 32)) for row in (0, GROUP_ROWS)])
-    assert np.isfinite(there["fine/s64/a"]).all() and np.isnan(missing["fine/s64/a"]).all()
+    assert there["fine/s64/a"].valid.all() and not missing["fine/s64/a"].valid.any()
 
 
 def test_without_a_store_crops_lie_on_the_default_lattice_in_all_orientations(data: Path) -> None:
     loader = open_loader(data, None, distill=False, fuse=False, targets="none")
     geometry = loader.dataset.geometry
     assert (geometry.lattice_px, geometry.orientations) == (32, tuple(range(8)))
-    assert loader.batch(0).unlabeled is not None
+    assert decoded(loader.batch(0)).unlabeled is not None
     with pytest.raises(UsageError, match="--use-cache"):
         open_loader(data, None)
 
@@ -354,7 +363,85 @@ def test_a_decoded_tile_is_kept_up_to_the_bound(data: Path, store: FeatureStore)
         loader.dataset.source, loader.targets, loader.dataset.geometry, memory_bytes=TILE_PX * TILE_PX * 4 * 2
     )
     for step in range(3):
-        bounded = BatchLoader(small, recipe(data)).batch(step)
-        assert same(bounded, loader.batch(step))
+        bounded = decoded(BatchLoader(small, recipe(data)).batch(step))
+        assert same(bounded, decoded(loader.batch(step)))
     assert small._decoded.nbytes == small._decoded.limit
     assert isinstance(loader.targets, CachedTargets)
+
+
+# --- orientations that are not stored --------------------------------------------------------------------------------
+
+APPROXIMATE: dict[str, Any] = {"augment": {"approximate_orientations": True}}
+
+
+@pytest.fixture(scope="module")
+def two_frames(data: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return FeatureStore.open(write_store(data, tmp_path_factory.mktemp("stores") / "two", orientations=(0, 4)))
+
+
+def test_orientations_that_are_not_stored_are_drawn_only_when_the_recipe_says_so(
+    data: Path, two_frames: FeatureStore
+) -> None:
+    assert open_loader(data, two_frames).dataset.geometry.orientations == (0, 4)
+    loader = open_loader(data, two_frames, **APPROXIMATE)
+    assert loader.dataset.geometry.orientations == tuple(range(8)) and loader.targets is not None
+    assert loader.targets.approximated == dict.fromkeys(loader.targets.specs, (1, 2, 3, 5, 6, 7))
+    refusing = CachedTargets(two_frames, (), store_geometry(two_frames, 32))
+    with pytest.raises(UsageError, match="orientation 2 is not stored"):
+        refusing.read([TargetRequest(0, 2, Box(0, 0, 32, 32))])
+    with pytest.raises(UsageError, match=r"orientations \[1, 2, 3, 5, 6, 7\] are not stored"):
+        CachedTargets(two_frames, (), loader.dataset.geometry)
+    with pytest.raises(ValueError, match="orientations is false"):
+        recipe(data, augment={"approximate_orientations": True, "orientations": False})
+
+
+def test_approximated_features_name_the_place_of_the_image_in_all_eight_frames_and_through_cutmix(
+    data: Path, two_frames: FeatureStore
+) -> None:
+    """The coarse layer's centres are off the middle of their cells: turned, they fall elsewhere and are resampled."""
+    loader = open_loader(data, two_frames, **APPROXIMATE, batch={"labeled": 1, "unlabeled": 40})
+    assert loader.unlabeled is not None
+    draws, unlabeled = loader.unlabeled.draws(0, 40), decoded(loader.batch(0)).unlabeled
+    assert unlabeled is not None and {d.orientation for d in draws} == set(range(8))
+    pixels = (cutmix(unlabeled.weak, unlabeled.cutmix_boxes) * 255).round().numpy()
+    mixed = cutmix_targets(unlabeled.targets, unlabeled.cutmix_boxes, 32, loader.offsets_px)
+    for key, spec in (loader.targets.specs if loader.targets else {}).items():
+        values = mixed.features[key].numpy()[..., :3] * spec.std[:3] + spec.mean[:3]
+        weights = mixed.weights[key].numpy()
+        side, compared = values.shape[1], 0
+        for b, i, j in np.ndindex(40, side, side):
+            y, x = (int(spec.offset_px + k * spec.stride_px) for k in (i, j))
+            number, row, column = pixels[b, :, y, x]
+            # A turn of the coarse map has no centres in the outermost 15 px: there the nearest token counts.
+            if weights[b, i, j] > 0 and min(row, column) >= 16 and max(row, column) < 48:
+                compared += 1
+                assert abs(values[b, i, j, 0] - number) < 0.01
+                assert abs(values[b, i, j, 1] - row) <= 1.1 and abs(values[b, i, j, 2] - column) <= 1.1
+        assert compared > 20 and bool((weights == 0).any()) and bool((weights == 1).any())
+
+
+def test_arms_of_an_approximating_recipe_see_the_same_crops(data: Path, two_frames: FeatureStore) -> None:
+    off: dict[str, Any] = {"distill": False, "fuse": False, "targets": "none"}
+    a = decoded(open_loader(data, two_frames, **APPROXIMATE).batch(1))
+    assert same(a, decoded(open_loader(data, two_frames, **APPROXIMATE, **off).batch(1)), targets=False)
+    assert not same(a, decoded(open_loader(data, two_frames).batch(1)), targets=False)
+
+
+def test_what_is_turned_must_be_committed_for_all_tiles(data: Path, tmp_path: Path) -> None:
+    store = FeatureStore.open(write_store(data, tmp_path / "s", orientations=(0, 4), commit_groups=1))
+    with pytest.raises(MismatchError, match="lacks 3"):
+        open_loader(data, store, **APPROXIMATE)
+
+
+def test_a_run_says_and_records_that_it_approximated(data: Path, two_frames: FeatureStore, tmp_path: Path) -> None:
+    small: dict[str, Any] = {
+        "steps": 1, "crop_px": 64, "batch": {"labeled": 1, "unlabeled": 1}, "distill": {"hidden": 4},
+        "student": {"channels": 4},
+    }  # fmt: skip
+    told: list[object] = []
+    train(recipe(data, **small, **APPROXIMATE), tmp_path / "run", two_frames.path, device="cpu", tensorboard=False,
+          on_event=told.append)  # fmt: skip
+    (warned,) = [e.text for e in told if isinstance(e, Warned)]
+    assert "coarse/s64/b in orientations 1, 2, 3, 5, 6, 7" in warned
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["targets"]["approximate_orientations"] is True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsmtdf_train.alignment import Grid, resample, resample_matrix
@@ -15,6 +15,7 @@ strides = st.sampled_from([4.0, 8.0, 16.0, 32.0])
 
 
 @given(strides, strides, st.floats(0, 1), st.floats(0, 1))
+@settings(deadline=None)
 def test_a_map_of_its_own_coordinates_reads_as_the_targets_coordinates(a: float, b: float, p: float, q: float) -> None:
     source, target = Grid(int(128 / a), a, p * a), Grid(int(128 / b), b, q * b)
     centres = source.offset_px + source.stride_px * torch.arange(source.tokens, dtype=torch.float64)
@@ -29,6 +30,7 @@ def test_a_map_of_its_own_coordinates_reads_as_the_targets_coordinates(a: float,
 
 
 @given(strides, strides, st.floats(0, 1), st.floats(0, 1))
+@settings(deadline=None)
 def test_rows_are_weights_and_no_source_token_inside_is_skipped(a: float, b: float, p: float, q: float) -> None:
     source, target = Grid(int(128 / a), a, p * a), Grid(int(128 / b), b, q * b)
     matrix = resample_matrix(source, target)
