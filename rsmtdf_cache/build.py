@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from rsmtdf_cache.calibrate import Calibrator, read_calibrations, refuse_unused
 from rsmtdf_cache.encode import TileReader, encode_unit
 from rsmtdf_cache.errors import DataError, Interrupted, RsmtdfError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import build_lock, disk_errors, replace_json
+from rsmtdf_cache.forecast import Measured, compared, find_measured, forecast, teacher_work, tiles_sampled
 from rsmtdf_cache.head import load_whole, write_head
 from rsmtdf_cache.index import Quarantined, index_tiles, new_records
 from rsmtdf_cache.layout import ArraySet, StorePaths
@@ -27,7 +29,6 @@ from rsmtdf_cache.plan import (
     decide_group_rows,
     decide_profile,
     plan_teacher,
-    planned_array,
     refuse_other_content,
     revive,
     rows_of_group,
@@ -36,21 +37,21 @@ from rsmtdf_cache.plan import (
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.share.catalogue import register_store
 from rsmtdf_cache.sources import TileSource, open_source
+from rsmtdf_cache.steady import steady_profile
 from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cache.teachers.base import Teacher
 from rsmtdf_cache.tiles import TileRecord
 from rsmtdf_cache.upkeep.canary import check_canary, will_grow
 from rsmtdf_cache.writer import clear_drafts
 
-__all__ = ["BuildReport", "build_store"]
+__all__ = ["BuildReport", "build_store", "calibrator_of", "judge_tiles", "refuse_store_among_tiles"]
 
 
 @dataclass
 class BuildReport:
-    """What a build did, or would do."""
+    """What a build did. ``planned_*``: what it was to do, by arithmetic and by what ``cache plan`` measured."""
 
     store: Path
-    dry_run: bool
     tiles: int
     quarantined: list[Quarantined]
     arrays: list[dict[str, Any]]
@@ -58,49 +59,49 @@ class BuildReport:
     units_before: int = 0
     seconds: float = 0.0
     nbytes_written: int = 0
+    nbytes_shards: int = 0
+    planned_nbytes: int = 0
+    planned_seconds: float | None = None
     snapshot: str = ""
     rates: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "store": str(self.store), "dry_run": self.dry_run, "tiles": self.tiles, "units": self.units,
+            "store": str(self.store), "dry_run": False, "tiles": self.tiles, "units": self.units,
             "units_before": self.units_before, "seconds": round(self.seconds, 3), "nbytes_written": self.nbytes_written,
             "snapshot": self.snapshot, "tiles_per_second": {k: round(v, 2) for k, v in self.rates.items()},
             "quarantined": [{"id": q.id, "reason": q.reason} for q in self.quarantined], "arrays": self.arrays,
+            **compared(self.planned_nbytes, self.planned_seconds, self.nbytes_shards, self.seconds),
         }  # fmt: skip
 
 
 def build_store(
     request: BuildRequest,
     on_event: EventSink = ignore_events,
-    dry_run: bool = False,
     load_teacher: TeacherLoader | None = None,
+    measured: Measured | None = None,
 ) -> BuildReport:
     """Build, continue or extend the store ``request.out`` and return what was done.
 
     ``load_teacher``: how a name becomes a teacher (default: ``rsmtdf_cache.teachers.load``), for teachers of your own.
+    ``measured``: what a plan measured, for the report to compare with (default: the latest plan of the same build).
     Raises ``DataError`` (dataset), ``MismatchError`` (the store holds something else), ``ResourceError`` (disk,
     weights), ``UsageError`` (request), ``Interrupted`` (Ctrl-C, SIGTERM): committed units stay in every case.
     """
     started = time.perf_counter()
     source = open_source(request.data)
-    _refuse_store_among_tiles(request)
+    refuse_store_among_tiles(request)
     source.check(request.splits)
     records, quarantined = index_tiles(source, source.tiles(request.splits), on_event)
-    _judge(records, quarantined, request, on_event)
+    judge_tiles(records, quarantined, request, on_event)
     paths = StorePaths(request.out)
     jobs = [plan_teacher(asked, request, source.tile_px, load_teacher) for asked in request.teachers]
     specs = [s for job in jobs for s in job.specs]
-    report = BuildReport(request.out, dry_run, len(records), quarantined, [])
+    measured = measured or find_measured(request, specs)
+    report = BuildReport(request.out, len(records), quarantined, [])
     known = load_whole(paths) if paths.manifest.is_file() else None
     if known is not None:
         refuse_other_content(load_manifest(paths), known, specs, source, request)
-    if dry_run:
-        rows = decide_group_rows(request, paths, specs)
-        if known is not None:
-            new_records(known.table, records, request.out)
-        report.arrays = [planned_array(s, records, rows, known) for s in specs]
-        return report
     with disk_errors(request.out):
         refuse_foreign_content(request.out)
         request.out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def build_store(
             clear_drafts(paths)
             manifest = create_manifest(paths, _manifest(source, decide_group_rows(request, paths, specs)))
             try:
-                _run(request, source, records, jobs, paths, manifest, report, on_event)
+                _run(request, source, records, jobs, paths, manifest, report, on_event, measured)
             except KeyboardInterrupt:
                 raise Interrupted(
                     f"stopped; {report.units_before + report.units} shard groups of {request.out} are safe, "
@@ -128,7 +129,7 @@ def build_store(
 
 def _run(
     request: BuildRequest, source: TileSource, records: list[TileRecord], jobs: list[TeacherJob], paths: StorePaths,
-    manifest: Manifest, report: BuildReport, on_event: EventSink,
+    manifest: Manifest, report: BuildReport, on_event: EventSink, measured: Measured | None,
 ) -> None:  # fmt: skip
     ledger = load_whole(paths)
     # Again, under the lock: another builder may have been here since.
@@ -147,12 +148,21 @@ def _run(
     reader = TileReader(source, ledger.table)
     revive(ledger, [s for job in jobs for s in job.specs])
     planned = [(job.teacher, array_sets(job.specs, ledger)) for job in jobs]
+    calibrator = calibrator_of(request, records, jobs, ledger, reader, on_event)
+    sampled = tiles_sampled(calibrator, [a for _, sets in planned for a in sets if a.id not in ledger.sets])
     for teacher, sets in planned:
         for arrays in sets:
             if arrays.id not in ledger.sets:
-                ledger.add_set(arrays, decide_profile(request, teacher))
+                profile, fixed = decide_profile(request, teacher), request.micro_batch is not None
+                profile = steady_profile(profile, teacher, arrays, fixed, on_event)
+                known = calibrator.run(teacher, arrays, profile)
+                digests = {layer: ledger.add_calibration(c) for layer, c in sorted(known.calibrations.items())}
+                ledger.add_set(arrays, profile, digests, known.quality)
     write_head(paths, manifest, ledger, final=False)
     check_space(request.out, ledger, [a for _, sets in planned for a in sets], groups, manifest.group_rows)
+    work = [w for t, sets in planned for w in teacher_work(t.spec, sets, groups, ledger, manifest.group_rows, sampled)]
+    ahead = forecast(work, measured) if measured else None
+    report.planned_nbytes, report.planned_seconds = sum(w.nbytes for w in work), ahead.seconds if ahead else None
     try:
         for teacher, sets in planned:
             _run_teacher(request, teacher, sets, groups, ledger, manifest, reader, report, on_event)
@@ -185,6 +195,7 @@ def _run_teacher(
                 on_event(Progress(name, 1, nbytes))
                 report.nbytes_written += nbytes
             report.units += 1
+            report.nbytes_shards += sum(s.nbytes for s in ledger.commits[arrays.id][group].shards)
             if report.units % TAIL_MAX == 0:
                 ledger.compact()
     finally:
@@ -192,6 +203,19 @@ def _run_teacher(
     on_event(ProgressEnd(name))
     if left:
         report.rates[name] = left / (time.perf_counter() - started)
+
+
+def calibrator_of(
+    request: BuildRequest, records: list[TileRecord], jobs: list[TeacherJob], ledger: Ledger, reader: TileReader,
+    on_event: EventSink,
+) -> Calibrator:  # fmt: skip
+    """Return what calibrates new array sets: with what was given, else with what the store has, else with its tiles."""
+    given = read_calibrations(request.calibration)
+    refuse_unused(given, [s for job in jobs for s in job.specs])
+    own = [ledger.calibration(d) for record in ledger.sets.values() for d in record.calibrations.values()]
+    train = [r for r in records if r.split == "train"] or records
+    rows = [ledger.table.row_of(r.id) for r in train]
+    return Calibrator(ledger.table, rows, reader, [*own, *given], on_event)
 
 
 def _manifest(source: TileSource, group_rows: int) -> Manifest:
@@ -203,15 +227,17 @@ def _manifest(source: TileSource, group_rows: int) -> Manifest:
     )  # fmt: skip
 
 
-def _refuse_store_among_tiles(request: BuildRequest) -> None:
+def refuse_store_among_tiles(request: BuildRequest) -> None:
+    """Raise ``UsageError`` when the store would lie in a folder of the dataset's files."""
     for name in ("images", "masks", "splits"):
         if request.out.resolve().is_relative_to((request.data / name).resolve()):
             raise UsageError(f"--out {request.out}: lies among the {name} of the dataset; choose a folder of its own")
 
 
-def _judge(
+def judge_tiles(
     records: list[TileRecord], quarantined: list[Quarantined], request: BuildRequest, on_event: EventSink
 ) -> None:
+    """Raise ``DataError`` when a build of these tiles makes no sense, or warn about those left out."""
     listing = "; ".join(f"{q.id}: {q.reason}" for q in quarantined[:5]) + (" …" if len(quarantined) > 5 else "")
     if quarantined and request.strict:
         raise DataError(f"--strict: {len(quarantined)} tiles cannot be used: {listing}")

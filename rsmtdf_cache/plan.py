@@ -9,17 +9,20 @@ from typing import Any, Protocol
 
 import torch
 
+from rsmtdf_cache.codecs import codec_class, codec_name
 from rsmtdf_cache.errors import MismatchError, UsageError
 from rsmtdf_cache.files import require_space
-from rsmtdf_cache.layout import ArraySet, StorePaths, choose_group_rows, shard_layout
+from rsmtdf_cache.fixed_views import fixed_views
+from rsmtdf_cache.layout import ArraySet, StorePaths, choose_group_rows, unit_nbytes
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest, load_manifest
 from rsmtdf_cache.request import BuildRequest, TeacherAsked
 from rsmtdf_cache.sources import TileSource
-from rsmtdf_cache.specs import FeatureSpec, NumericsProfile, differing_fields
+from rsmtdf_cache.specs import FeatureSpec, NumericsProfile, ViewSpec, differing_fields
 from rsmtdf_cache.teachers.base import Teacher, TeacherRequest
 from rsmtdf_cache.tiles import TileRecord, TileTable
-from rsmtdf_cache.views import view_specs
+from rsmtdf_cache.views import fitting_scales, view_specs
+from rsmtdf_cache.windows import map_layers, with_windows
 
 __all__ = [
     "TeacherJob",
@@ -31,6 +34,7 @@ __all__ = [
     "plan_teacher",
     "planned_array",
     "refuse_other_content",
+    "revivable",
     "revive",
     "rows_of_group",
     "settle_profile",
@@ -54,31 +58,47 @@ class TeacherJob:
 def plan_teacher(
     asked: TeacherAsked, request: BuildRequest, tile_px: int, load: TeacherLoader | None = None
 ) -> TeacherJob:
-    """Load a teacher and decide its arrays: layers by views."""
+    """Load a teacher and decide its arrays: layers by views, whole tiles first, then fixed views."""
     if load is None:
         from rsmtdf_cache.teachers import load as load_by_name
 
         load = load_by_name
     weights: str | Path | None = "none" if asked.pretrained == "none" else asked.weights
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = load(TeacherRequest(asked.name, weights, asked.seed, asked.layers), device=device)
+    teacher = load(TeacherRequest(asked.name, weights, asked.seed, asked.layers, asked.positions), device=device)
     layers = asked.layers or teacher.default_layers
     if len(set(layers)) != len(layers):
         raise UsageError(f"{asked.name}: a layer stands twice in {', '.join(layers)}")
-    scales, orientations = asked.scales or request.scales, asked.orientations or request.orientations
+    encoding = request.encoding(asked)
     specs = [
         FeatureSpec(
             teacher=teacher.spec,
             layer=layer,
             view=view,
-            encoding=request.encoding,
+            encoding=encoding,
             tile_px=tile_px,
-            grid=teacher.grid(layer.name, view.size_px),
+            grid=grid,
         )
-        for view in view_specs(teacher.spec, tile_px, scales, orientations)
-        for layer in teacher.layer_specs(layers, view.size_px)
+        for view in _views(teacher, layers, asked, request, tile_px)
+        for layer, grid in map_layers(teacher, layers, view)
     ]
+    for spec in specs:
+        codec_class(encoding).stored_channels(encoding, spec.layer.channels)
     return TeacherJob(teacher, specs)
+
+
+def _views(
+    teacher: Teacher, layers: tuple[str, ...], asked: TeacherAsked, request: BuildRequest, tile_px: int
+) -> list[ViewSpec]:
+    """Return the views of one teacher: whole tiles, then fixed views; large ones in windows."""
+    scales = asked.scales or request.scales
+    if asked.scales is None and "scales" not in request.model_fields_set:
+        scales = fitting_scales(teacher.spec, tile_px, scales)
+    views = view_specs(teacher.spec, tile_px, scales, asked.orientations or request.orientations)
+    count = request.fixed_views if asked.fixed_views is None else asked.fixed_views
+    views += fixed_views(teacher.spec, tile_px, count, request.view_seed)
+    window_px = request.window_px if asked.window_px is None else asked.window_px
+    return [with_windows(teacher, layers, v, window_px, request.overlap) for v in views]
 
 
 def array_sets(specs: list[FeatureSpec], ledger: Ledger) -> list[ArraySet]:
@@ -124,11 +144,16 @@ def refuse_other_content(
 
 def revive(ledger: Ledger, specs: list[FeatureSpec]) -> None:
     """Take dropped arrays back that are asked for again and whose every shard is still there. Under the build lock."""
-    known = ledger.specs()
-    gone = [spec for spec in specs if spec.key not in known]
-    back = [place for spec in gone for place in _dropped_places(ledger, spec) if _revivable(ledger, spec, place)]
+    back = revivable(ledger, specs)
     if back:
         ledger.undrop(back)
+
+
+def revivable(ledger: Ledger, specs: list[FeatureSpec]) -> list[tuple[str, str]]:
+    """Return the dropped (set, layer) that ``revive`` takes back."""
+    known = ledger.specs()
+    gone = [spec for spec in specs if spec.key not in known]
+    return [place for spec in gone for place in _dropped_places(ledger, spec) if _revivable(ledger, spec, place)]
 
 
 def _dropped_places(ledger: Ledger, spec: FeatureSpec) -> list[tuple[str, str]]:
@@ -176,7 +201,6 @@ def planned_array(
 
     ``ledger``: of the store that is there. Its tiles come in their row groups, new ones in groups of their own.
     """
-    layout = shard_layout(spec, group_rows)
     rows = [ledger.table.row_of(r.id) for r in records if r.id in ledger.table] if ledger is not None else []
     there = set(ledger.shards(spec.key)) if ledger is not None and spec.key in ledger.specs() else set()
     pending = sorted({row // group_rows for row in rows} - there)
@@ -185,8 +209,8 @@ def planned_array(
     sizes += [group_rows] * full + ([rest] if rest else [])
     return {
         "key": str(spec.key), "digest": spec.digest(), "grid": list(spec.grid), "channels": spec.layer.channels,
-        "stride_tile_px": spec.stride_tile_px, "codec": spec.encoding.codec,
-        "tiles": sum(sizes), "shards": len(sizes), "nbytes": sum(map(layout.nbytes, sizes)),
+        "stride_tile_px": spec.stride_tile_px, "codec": codec_name(spec.encoding), "view": spec.view.to_json(),
+        "tiles": sum(sizes), "shards": len(sizes), "nbytes": sum(unit_nbytes(spec, group_rows, n) for n in sizes),
     }  # fmt: skip
 
 
@@ -197,7 +221,7 @@ def check_space(out: Path, ledger: Ledger, sets: list[ArraySet], groups: list[in
         for group in groups:
             if group not in ledger.commits[arrays.id]:
                 rows = len(rows_of_group(ledger.table, group, group_rows))
-                need += sum(shard_layout(s, group_rows).nbytes(rows) for s in arrays.specs)
+                need += sum(unit_nbytes(s, group_rows, rows) for s in arrays.specs)
     require_space(out, need, "build", "free some space, or ask for fewer layers, scales or orientations")
 
 

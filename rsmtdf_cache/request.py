@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rsmtdf_cache.codecs import codec_class, parse_codec
 from rsmtdf_cache.errors import UsageError, did_you_mean
 from rsmtdf_cache.specs import EncodingSpec
 
@@ -28,6 +29,10 @@ class TeacherAsked(_Asked):
     layers: tuple[str, ...] | None = None
     scales: tuple[float, ...] | None = None
     orientations: int | None = None
+    fixed_views: int | None = None
+    window_px: int | None = Field(default=None, ge=0)
+    positions: Literal["antialiased", "released"] | None = None
+    codec: str | None = Field(default=None, description="float16, int8 or pcaK-int8; default: the build's")
 
     @model_validator(mode="after")
     def _one_kind_of_weights(self) -> Self:
@@ -45,7 +50,13 @@ class BuildRequest(_Asked):
     splits: tuple[str, ...] = Field(default=("train",), min_length=1)
     scales: tuple[float, ...] = Field(default=(1.0, 0.5), min_length=1)
     orientations: int = 1
-    encoding: EncodingSpec = EncodingSpec()
+    fixed_views: int = Field(default=0, ge=0, description="views with random crop, orientation, colours; drawn once")
+    view_seed: int = Field(default=0, description="which fixed views: their parameters are a function of it alone")
+    window_px: int | None = Field(default=None, ge=0, description="windows of large views; 0 = never, None = see docs")
+    overlap: float = Field(default=0.25, ge=0, le=0.75, description="part of a window that its neighbour sees too")
+    codec: str = Field(default="float16", description="float16, int8, or pcaK-int8 with K components")
+    compressor: str = Field(default="none", description="of bytes, after the codec: none, zstd:3, blosc:lz4, …")
+    calibration: tuple[Path, ...] = Field(default=(), description="calibrations to reuse: files or stores")
     group_rows: int | None = Field(default=None, gt=0, le=2**24)
     device: str | None = None
     precision: Literal["float32", "bfloat16", "float16"] | None = None
@@ -68,6 +79,12 @@ class BuildRequest(_Asked):
             raise ValueError(f"a teacher stands twice in {', '.join(names)}")
         return self
 
+    def encoding(self, teacher: TeacherAsked) -> EncodingSpec:
+        """Return how the features of one teacher become bytes. Raises ``UsageError`` for an unknown codec."""
+        encoding = parse_codec(teacher.codec or self.codec).model_copy(update={"compressor": self.compressor})
+        codec_class(encoding)
+        return encoding
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Return the request of plain data. Raises ``UsageError`` naming each wrong key."""
@@ -80,8 +97,8 @@ class BuildRequest(_Asked):
 def parse_teacher(text: str) -> TeacherAsked:
     """Return the teacher written as ``NAME[,key=value...]``.
 
-    Keys: ``weights=FILE``, ``pretrained=none``, ``seed=N``, ``layers=a+b``, ``scales=1+0.5``, ``orientations=N``.
-    Raises ``UsageError``.
+    Keys: ``weights=FILE``, ``pretrained=none``, ``seed=N``, ``layers=a+b``, ``scales=1+0.5``, ``orientations=N``,
+    ``fixed_views=K``, ``window_px=N``, ``positions=released``, ``codec=int8``. Raises ``UsageError``.
     """
     name, *options = text.split(",")
     values: dict[str, Any] = {"name": name}

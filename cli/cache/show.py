@@ -52,16 +52,35 @@ AnyStoreArgument = Annotated[
 
 
 def show_arrays(arrays: list[dict[str, Any]]) -> None:
-    """Print a table of the arrays of a store."""
+    """Print a table of the arrays of a store, then what its fixed views and windows are."""
     from rich.table import Column, Table
 
-    table = Table(Column("array", no_wrap=True), "tiles", "tokens", "channels", "stride px", "codec", "size")
+    table = Table(Column("array", no_wrap=True), "tiles", "tokens", "channels", "stride px", "codec (cosine)", "size")
     for a in arrays:
         table.add_row(
             plain(a["key"]), str(a["tiles"]), "x".join(map(str, a["grid"])), str(a["channels"]),
-            f"{a['stride_tile_px']:g}", a["codec"], size(a["nbytes"]),
+            f"{a['stride_tile_px']:g}", _codec(a), size(a["nbytes"]),
         )  # fmt: skip
     console().print(table)
+    for name, text in _special_views(arrays).items():
+        console().print(f"{plain(name)}: {plain(text)}")
+
+
+def _codec(array: dict[str, Any]) -> str:
+    """Return the codec and, of one that loses more than rounding, the mean cosine that was measured with it."""
+    quality = array.get("quality")
+    if quality is None or array["codec"].startswith("float16"):
+        return plain(array["codec"])
+    return plain(f"{array['codec']} ({quality['cosine']:.5f})")
+
+
+def _special_views(arrays: list[dict[str, Any]]) -> dict[str, str]:
+    """Return what stands in the names of fixed views and views in windows, by view, for people."""
+    from rsmtdf_cache.fixed_views import describe_view
+    from rsmtdf_cache.specs import ViewSpec
+
+    views = dict.fromkeys(ViewSpec.from_json(a["view"]) for a in arrays)
+    return {v.name: describe_view(v) for v in views if not v.is_whole or v.windows is not None}
 
 
 def size(nbytes: float) -> str:

@@ -193,14 +193,6 @@ def test_a_store_of_another_tile_size_is_refused(data: Path, tmp_path: Path) -> 
         build(other, tmp_path / "s")
 
 
-def test_dry_run_plans_the_exact_bytes_and_writes_nothing(data: Path, tmp_path: Path) -> None:
-    request = BuildRequest.of({"data": data, "out": tmp_path / "s", "teachers": ["mean"], "group_rows": 3})
-    plan = build_store(request, dry_run=True, load_teacher=load_mean_teacher)
-    assert not (tmp_path / "s").exists()
-    done = build_store(request, load_teacher=load_mean_teacher)
-    assert {a["key"]: a["nbytes"] for a in plan.arrays} == {a["key"]: a["nbytes"] for a in done.arrays}
-
-
 def test_values_beyond_float16_stop_the_build_and_leave_no_shard(data: Path, tmp_path: Path) -> None:
     class Loud(MeanTeacher):
         def encode(self, *args, **kwargs):  # type: ignore[no-untyped-def]

@@ -10,6 +10,7 @@ import pytest
 
 from rsmtdf_cache.build import build_store
 from rsmtdf_cache.errors import FindingsError, Interrupted, MismatchError, UsageError
+from rsmtdf_cache.estimate import Probe, plan_build
 from rsmtdf_cache.events import Progress
 from rsmtdf_cache.head import read_head
 from rsmtdf_cache.layout import StorePaths
@@ -22,6 +23,8 @@ from rsmtdf_cache.upkeep.repair import repair_store
 from rsmtdf_cache.verify import verify_store
 from tests.datasets import write_dataset
 from tests.teachers import load_mean_teacher
+
+QUICK = Probe(seconds=0, disk_nbytes=2**22)
 
 
 def request(data: Path, out: Path, **more: object) -> BuildRequest:
@@ -87,18 +90,18 @@ def test_repair_leaves_a_folder_that_is_no_store_alone(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_a_dry_run_refuses_what_the_build_would_and_counts_only_what_is_new(
+def test_a_plan_refuses_what_the_build_would_and_counts_only_what_is_new(
     data: Path, store: Path, tmp_path: Path
 ) -> None:
-    nothing = build_store(request(data, store), dry_run=True, load_teacher=load_mean_teacher)
+    nothing = plan_build(request(data, store), load_teacher=load_mean_teacher, probe=QUICK)
     assert [a["nbytes"] for a in nothing.arrays] == [0, 0]
-    more = build_store(request(data, store, splits=["train", "val"]), dry_run=True, load_teacher=load_mean_teacher)
+    more = plan_build(request(data, store, splits=["train", "val"]), load_teacher=load_mean_teacher, probe=QUICK)
     real = build_store(request(data, store, splits=["train", "val"]), load_teacher=load_mean_teacher)
     files = sum(p.stat().st_size for p in store.rglob("c/*/0/0/0") if p.parts[-4] == "2")
     assert sum(a["nbytes"] for a in more.arrays) == files > real.nbytes_written > 0
     other = write_dataset(tmp_path / "other", tiles=9, tile_px=32, seed=5)
     with pytest.raises(MismatchError, match="other pixels"):
-        build_store(request(other, store), dry_run=True, load_teacher=load_mean_teacher)
+        plan_build(request(other, store), load_teacher=load_mean_teacher, probe=QUICK)
 
 
 def test_an_interrupted_build_lists_what_it_committed_for_those_who_pull(data: Path, tmp_path: Path) -> None:
