@@ -191,7 +191,9 @@ def _run_teacher(
             profile = settle_profile(request, teacher, ledger.sets[arrays.id].profile)
             torch.set_num_threads(profile.threads)
             rows = rows_of_group(ledger.table, group, manifest.group_rows)
-            for nbytes in encode_unit(teacher, arrays, group, rows, profile, ledger, manifest.group_rows, reader):
+            for nbytes in encode_unit(
+                teacher, arrays, group, rows, profile, ledger, manifest.group_rows, reader, request.workers
+            ):
                 on_event(Progress(name, 1, nbytes))
                 report.nbytes_written += nbytes
             report.units += 1

@@ -99,9 +99,9 @@ def encode_shown(
 
 def encode_unit(
     teacher: Teacher, arrays: ArraySet, group: int, rows: Sequence[int], profile: NumericsProfile,
-    ledger: Ledger, group_rows: int, reader: TileReader,
+    ledger: Ledger, group_rows: int, reader: TileReader, workers: int = 4,
 ) -> Iterator[int]:  # fmt: skip
-    """Encode and commit one unit; yield the bytes of each tile as it is written.
+    """Encode and commit one unit; yield the bytes of each tile as it is written. ``workers``: tiles decoded at once.
 
     Micro-batches are the same however often the unit is begun, and the last one is padded by repeating its last tile,
     so a tile's bits do not depend on when or with how many others the build ran (decision 3). The next batch is
@@ -113,7 +113,7 @@ def encode_unit(
     size = 1 if view.windows is not None else profile.micro_batch
     batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
     with (
-        ThreadPoolExecutor(4, "decode") as readers,
+        ThreadPoolExecutor(workers, "decode") as readers,
         ThreadPoolExecutor(1, "write") as behind,
         UnitWriter(ledger, arrays, group, group_rows, profile) as writer,
     ):

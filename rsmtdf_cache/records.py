@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from rsmtdf_cache.codecs import codec_class
 from rsmtdf_cache.content import Content
-from rsmtdf_cache.errors import FindingsError
+from rsmtdf_cache.errors import FindingsError, MismatchError, UsageError
 from rsmtdf_cache.files import read_json
 from rsmtdf_cache.layout import ArraySet, Part
 from rsmtdf_cache.quality import Quality
@@ -137,7 +137,10 @@ def read_commit(path: Path) -> Commit:
 
 
 def read_set(path: Path) -> SetRecord:
-    """Return the array set record at ``path``. Raises ``FindingsError`` when it is damaged."""
+    """Return the array set record at ``path``.
+
+    Raises ``FindingsError`` when it is damaged, ``MismatchError`` for a codec that this version does not know.
+    """
     body = read_json(path)
     try:
         arrays = ArraySet(tuple(FeatureSpec.from_json(s) for s in body["arrays"]))
@@ -148,7 +151,9 @@ def read_set(path: Path) -> SetRecord:
         calibrations = {str(layer): str(digest) for layer, digest in body.get("calibrations", {}).items()}
         quality = {str(layer): Quality.from_json(q) for layer, q in body.get("quality", {}).items()}
         needed = {s.layer.name for s in arrays.specs if codec_class(s.encoding).calibrated}
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
+    except UsageError as error:
+        raise MismatchError(f"{path}: {error} A newer rsmtdf may know it") from None
+    except (ValidationError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise FindingsError(f"{path}: not an array set record ({error})") from None
     if not named or len(keys) != len(arrays.specs):
         raise FindingsError(f"{path}: the record's arrays do not have the name of the file")

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rsmtdf_cache.codecs import codec_name
 from rsmtdf_cache.crops import nearest_orientation
 from rsmtdf_cache.errors import MismatchError, RsmtdfError, UsageError, did_you_mean
 from rsmtdf_cache.events import EventSink, ignore_events
@@ -206,6 +207,9 @@ def _judge_teacher(asked: TeacherAsked, specs: Sequence[FeatureSpec]) -> None:
     rules = {spec.teacher.positions for spec in mine}
     if asked.positions is not None and rules != {asked.positions}:
         raise _Misfit(f"has {asked.name} with positions={_few(sorted(rules))}, not {asked.positions}")
+    codecs = {codec_name(spec.encoding.model_copy(update={"compressor": "none"})) for spec in mine}
+    if asked.codec is not None and codecs != {asked.codec}:
+        raise _Misfit(f"has {asked.name} as {_few(sorted(codecs))}, not {asked.codec}")
     layers = {spec.layer.name for spec in mine}
     if missing := sorted(set(asked.layers or ()) - layers):
         raise _Misfit(f"lacks {_few(missing)} of teacher {asked.name}", appendable=True)

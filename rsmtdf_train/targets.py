@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rsmtdf_cache.codecs import Codes, load_codec
+from rsmtdf_cache.codecs import Codes, codec_name, load_codec
 from rsmtdf_cache.codecs.device import DeviceDecoder
 from rsmtdf_cache.crops import nearest_orientation, read_crops, whole_views
 from rsmtdf_cache.errors import MismatchError, UsageError, did_you_mean
@@ -278,7 +278,7 @@ class CachedTargets(TargetMode):
         return results
 
     def _build_command(self, data: Path) -> str:
-        teachers = []
+        teachers, compressor = [], ""
         for name in sorted({spec.teacher.name for by in self._by_key.values() for spec in by.values()}):
             # All that is stored of the teacher, not only what this run reads: the arrays of a view are built together.
             specs = [
@@ -293,8 +293,14 @@ class CachedTargets(TargetMode):
             weights = ",weights=FILE" if origin.startswith("file ") else ""
             if origin.startswith("seed "):
                 weights = f",pretrained=none,seed={origin.removeprefix('seed ')}"
+            encoding = specs[0].encoding
+            codec = codec_name(encoding.model_copy(update={"compressor": "none"}))
+            if codec != "float16":
+                weights += f",codec={codec}"
             teachers.append(f"--teacher {asked_as(name)}{weights},layers={layers},scales={scale},orientations={turns}")
-        return f"rsmtdf cache build {data} --out {self.store.shown} {' '.join(teachers)}"
+            if encoding.compressor != "none":
+                compressor = f" --compressor {encoding.compressor}"
+        return f"rsmtdf cache build {data} --out {self.store.shown} {' '.join(teachers)}{compressor}"
 
 
 def _few(names: Sequence[str], most: int = 3) -> str:

@@ -12,6 +12,9 @@ import pytest
 # interruption need the signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Workers of pytest inherit a terminal's width, which would fold what tests read.
+os.environ.pop("COLUMNS", None)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -30,7 +30,7 @@ from rsmtdf_cache.views import Box
 from rsmtdf_train.loader import BatchLoader
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.step import batch_to
-from tests.datasets import write_dataset
+from tests.datasets import write_dataset, write_split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -303,3 +303,15 @@ def test_training_batches_carry_codes_and_decode_to_the_standardised_features(
         wanted = (store.read(own, rows, [d.box for d in draws]).values.astype(np.float32) - spec.mean) / spec.std
         assert np.allclose(decoded.targets.features[key].numpy(), wanted, rtol=2e-3, atol=5e-3)
         assert bool((decoded.targets.weights[key] == 1).all())
+
+
+def test_the_command_that_a_run_prints_for_missing_tiles_names_the_codec(
+    data: Path, coded: dict[str, Path], tmp_path: Path
+) -> None:
+    more = Path(shutil.copytree(data, tmp_path / "data"))
+    write_split(more, "train", [f"t{n:03}" for n in range(13)])
+    for name, option in (("int8", ",codec=int8,"), ("pca", ",codec=pca24-int8,"), ("packed", "blosc:lz4:5:bitshuffle")):
+        recipe = Recipe.model_validate({"data": more, "crop_px": 64, "labeled": "5"})
+        with pytest.raises(MismatchError, match="lacks 1 of them") as caught:
+            BatchLoader.open(open_source(more), recipe, FeatureStore.open(coded[name]), 1)
+        assert option in str(caught.value)

@@ -18,7 +18,7 @@ def test_the_worked_example_of_the_page_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     data = write_dataset(tmp_path / "data", tiles=6, tile_px=64)
     teachers = [{"name": "timm:test_resnet", "pretrained": "none"}]
     build_store(BuildRequest.of({"data": data, "out": tmp_path / "demo-store", "teachers": teachers, "scales": [1.0]}))
