@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rsmtdf_cache.calibrate import Calibrator, read_calibrations, refuse_unused
+from rsmtdf_cache.calibrate import Calibrator, check_given, own_calibrations, read_calibrations
 from rsmtdf_cache.encode import TileReader, encode_unit
 from rsmtdf_cache.errors import DataError, Interrupted, RsmtdfError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
@@ -102,6 +102,7 @@ def build_store(
     known = load_whole(paths) if paths.manifest.is_file() else None
     if known is not None:
         refuse_other_content(load_manifest(paths), known, specs, source, request)
+    check_given(read_calibrations(request.calibration), specs, own_calibrations(known) if known is not None else [])
     with disk_errors(request.out):
         refuse_foreign_content(request.out)
         request.out.mkdir(parents=True, exist_ok=True)
@@ -212,9 +213,8 @@ def calibrator_of(
     on_event: EventSink,
 ) -> Calibrator:  # fmt: skip
     """Return what calibrates new array sets: with what was given, else with what the store has, else with its tiles."""
-    given = read_calibrations(request.calibration)
-    refuse_unused(given, [s for job in jobs for s in job.specs])
-    own = [ledger.calibration(d) for record in ledger.sets.values() for d in record.calibrations.values()]
+    given, own = read_calibrations(request.calibration), own_calibrations(ledger)
+    check_given(given, [s for job in jobs for s in job.specs], own, on_event)
     train = [r for r in records if r.split == "train"] or records
     rows = [ledger.table.row_of(r.id) for r in train]
     return Calibrator(ledger.table, rows, reader, [*own, *given], on_event)

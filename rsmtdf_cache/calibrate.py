@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from rsmtdf_cache.codecs import Calibration, Moments, codec_class, load_codec
 from rsmtdf_cache.encode import TileReader, encode_batch, shown_bands
 from rsmtdf_cache.errors import DataError, FindingsError, MismatchError, UsageError
-from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
+from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.layout import ArraySet
+from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.quality import Quality
 from rsmtdf_cache.specs import FeatureSpec, NumericsProfile, ViewSpec
 from rsmtdf_cache.teachers.base import Teacher
@@ -33,8 +34,9 @@ __all__ = [
     "HELD_OUT_TILES",
     "TOKENS_PER_TILE",
     "about",
+    "check_given",
+    "own_calibrations",
     "read_calibrations",
-    "refuse_unused",
     "sample_rows",
 ]
 
@@ -204,25 +206,62 @@ def about(spec: FeatureSpec) -> dict[str, str]:
 def read_calibrations(places: Sequence[Path]) -> list[Calibration]:
     """Return the calibrations in ``places``: files, or stores, of which all are taken.
 
-    Raises ``UsageError`` for a place without any, ``FindingsError`` for a damaged file.
+    Raises ``UsageError`` for a place without any, ``DataError`` for a file that is damaged or none.
     """
     found = []
     for place in places:
         files = sorted((place / "ledger" / "calibrations").glob("*.safetensors")) if place.is_dir() else [place]
         if not files or not files[0].is_file():
             raise UsageError(f"--calibration {place}: no calibration is there; give a .safetensors file, or a store")
-        found += [Calibration.from_bytes(file.read_bytes(), str(file)) for file in files]
+        try:
+            found += [Calibration.read(file) for file in files]
+            for calibration in found:
+                _about_key(calibration.about)
+        except FindingsError as error:
+            raise DataError(f"--calibration {place}: {error}") from None
     return found
 
 
-def refuse_unused(given: Sequence[Calibration], specs: Sequence[FeatureSpec]) -> None:
-    """Raise ``MismatchError`` when none of the ``given`` calibrations is of an array in ``specs``."""
-    wanted = {_about_key(about(s)) for s in specs if codec_class(s.encoding).calibrated}
-    if given and wanted and wanted.isdisjoint(_about_key(c.about) for c in given):
-        names = ", ".join(sorted({str(c.about.get("teacher")) for c in given}))
+def own_calibrations(ledger: Ledger) -> list[Calibration]:
+    """Return the calibrations of all array sets of a store."""
+    return [ledger.calibration(d) for record in ledger.sets.values() for d in record.calibrations.values()]
+
+
+def check_given(
+    given: Sequence[Calibration], specs: Sequence[FeatureSpec], own: Sequence[Calibration],
+    on_event: EventSink = ignore_events,
+) -> None:  # fmt: skip
+    """Raise where ``given`` calibrations cannot be meant for a build of ``specs``; ``own``: those of its store.
+
+    ``UsageError``: nothing of the build is calibrated, or two contradict each other. ``MismatchError``: none is of an
+    array of the build, or the store has another one already. Arrays that they leave out are told as a warning.
+    """
+    if not given:
+        return
+    wanted = {_about_key(about(s)): str(s.key) for s in specs if codec_class(s.encoding).calibrated}
+    if not wanted:
+        raise UsageError("--calibration: nothing of this build is calibrated; give --codec int8 or pcaK-int8")
+    known = {_about_key(c.about): c.digest for c in own}
+    offered: dict[tuple[str, ...], str] = {}
+    for calibration in given:
+        key = _about_key(calibration.about)
+        if offered.setdefault(key, calibration.digest) != calibration.digest:
+            raise UsageError(f"--calibration: two different ones for {wanted.get(key, '/'.join(key[::2]))!r}; give one")
+        if key in wanted and known.get(key, calibration.digest) != calibration.digest:
+            raise MismatchError(
+                f"--calibration: the store has {wanted[key]} with another calibration ({known[key][:12]}, given is "
+                f"{calibration.digest[:12]}); leave --calibration out, or build into a new folder"
+            )
+    if wanted.keys().isdisjoint(offered):
+        names = ", ".join(sorted({repr(str(c.about.get("teacher"))) for c in given}))
         raise MismatchError(
             f"--calibration: none of its {len(given)} calibrations ({names}) is of the same weights, view, layer and "
             "codec as an array of this build"
+        )
+    left = [name for key, name in wanted.items() if key not in offered and key not in known]
+    if left:
+        on_event(
+            Warned(f"--calibration has none for {', '.join(left)}; they are calibrated with the tiles of this build")
         )
 
 

@@ -110,12 +110,24 @@ def content_lost(content: Content, ledger: Ledger) -> list[str]:
     for name, units in content.units.items():
         if name not in ledger.sets:
             lost.append(f"the array set {name}")
+        else:
+            lost += [
+                f"the calibration {d[:12]}" for d in ledger.sets[name].calibrations.values() if not _sound(ledger, d)
+            ]
         lost += [
             f"the commit of row group {group} of {name}"
             for group, generation in units.items()
             if generation not in ledger.generations.get((name, group), {})
         ]
     return lost
+
+
+def _sound(ledger: Ledger, digest: str) -> bool:
+    try:
+        ledger.calibration(digest)
+    except FindingsError:
+        return False
+    return True
 
 
 def parse_head(body: Mapping[str, Any], where: str) -> Head:

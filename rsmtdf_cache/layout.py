@@ -31,6 +31,8 @@ PARTS: tuple[Part, ...] = ("features", "scale")
 
 #: A shard of the largest array comes close to this; decision 4 asks for 64 to 256 MB.
 SHARD_GOAL_NBYTES = 128 * 2**20
+#: Of small maps a shard holds no more: its index has room for all rows, and a unit of work should not be a day's.
+GROUP_ROWS_MAX = 8192
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,6 @@ def unit_nbytes(spec: FeatureSpec, group_rows: int, rows: int) -> int:
 
 
 def choose_group_rows(specs: Sequence[FeatureSpec]) -> int:
-    """Return rows per group such that a shard of the largest array is close to 128 MB (at least one row)."""
+    """Return rows per group such that a shard of the largest array is close to 128 MB (1 to 8192 rows)."""
     largest = max(shard_layout(s, 1).row_nbytes for s in specs)
-    return max(1, SHARD_GOAL_NBYTES // largest)
+    return min(max(1, SHARD_GOAL_NBYTES // largest), GROUP_ROWS_MAX)

@@ -114,10 +114,10 @@ class Ledger:
     def calibration(self, digest: str) -> Calibration:
         """Return the calibration of this sha256. Raises ``FindingsError`` when it is missing or damaged."""
         if digest not in self._calibrations:
-            path = self.paths.calibration(digest)
-            if not path.is_file() or _sha256(path) != digest:
-                raise FindingsError(f"{path}: missing or damaged; bring it back, its arrays cannot be read without it")
-            self._calibrations[digest] = Calibration.from_bytes(path.read_bytes(), str(path))
+            try:
+                self._calibrations[digest] = Calibration.read(self.paths.calibration(digest), digest)
+            except FindingsError as error:
+                raise FindingsError(f"{error}; bring it back, its arrays cannot be read without it") from None
         return self._calibrations[digest]
 
     def stats(self, key: FeatureKey) -> ChannelStats:

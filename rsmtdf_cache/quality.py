@@ -40,7 +40,7 @@ class Quality:
 
     @classmethod
     def of(cls, original: NDArray[Any], decoded: NDArray[Any], held_out: bool = True, tiles: int | None = None) -> Self:
-        """Return the quality of ``decoded`` ``[tiles, h, w, D]``, or of any tokens ``[..., D]`` of so many ``tiles``."""
+        """Return the quality of ``decoded`` ``[tiles, h, w, D]``, or of tokens ``[..., D]`` of so many ``tiles``."""
         channels = original.shape[-1]
         x = original.reshape(-1, channels).astype(np.float64)
         y = decoded.reshape(-1, channels).astype(np.float64)
@@ -50,9 +50,10 @@ class Quality:
         worst = cosines[: max(1, math.ceil(len(cosines) / 100))]
         scaled = [(v[:, lively] - mean[lively]) / std[lively] for v in (x, y)]
         spread = float(np.linalg.norm(x - mean))
+        error = float(np.linalg.norm(x - y)) / spread if spread else 0.0
         return cls(
             float(cosines.mean()), float(worst.mean()), float(token_cosines(*scaled).mean()),
-            float(np.linalg.norm(x - y)) / spread if spread else 0.0, len(original) if tiles is None else tiles, len(x), held_out,
+            error, len(original) if tiles is None else tiles, len(x), held_out,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rsmtdf_cache.codecs import codec_class, parse_codec
+from rsmtdf_cache.codecs.compressors import canonical
 from rsmtdf_cache.errors import UsageError, did_you_mean
 from rsmtdf_cache.specs import EncodingSpec
 
@@ -82,7 +83,8 @@ class BuildRequest(_Asked):
 
     def encoding(self, teacher: TeacherAsked) -> EncodingSpec:
         """Return how the features of one teacher become bytes. Raises ``UsageError`` for an unknown codec."""
-        encoding = parse_codec(teacher.codec or self.codec).model_copy(update={"compressor": self.compressor})
+        compressor = canonical(self.compressor)
+        encoding = parse_codec(teacher.codec or self.codec).model_copy(update={"compressor": compressor})
         codec_class(encoding)
         return encoding
 

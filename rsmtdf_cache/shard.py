@@ -192,6 +192,12 @@ class ShardReader:
         data = decompress(layout.compressor, self._map[offset : offset + length], layout.chunk_nbytes, str(self.path))
         return np.frombuffer(data, layout.dtype, count)
 
+    def check_chunks(self) -> None:
+        """Unfold every chunk. Raises ``FindingsError`` for one that does not hold what the array says."""
+        for row in np.flatnonzero(self.present) if self.layout.compressor != "none" else ():
+            for i, j in np.ndindex(self.layout.grid):
+                self._chunk(int(row), i, j)
+
     def sha256(self) -> str:
         """Return the sha256 of the file as mapped."""
         return hashlib.sha256(self._map).hexdigest()

@@ -120,6 +120,8 @@ def _shard_fault(paths: StorePaths, check: ShardCheck, group_rows: int, deep: bo
         return "its bytes are not those that were committed (sha256 differs)"
     try:
         reader = ShardReader(place, shard_layout(check.spec, group_rows, part))
+        if deep:
+            reader.check_chunks()
     except FindingsError as error:
         return str(error).removeprefix(f"{place}: ")
     if reader.present[check.commit.stop - check.commit.start :].any():

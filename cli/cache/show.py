@@ -55,7 +55,8 @@ def show_arrays(arrays: list[dict[str, Any]]) -> None:
     """Print a table of the arrays of a store, then what its fixed views and windows are."""
     from rich.table import Column, Table
 
-    table = Table(Column("array", no_wrap=True), "tiles", "tokens", "channels", "stride px", "codec (cosine)", "size")
+    names = ("tiles", "tokens", "channels", "stride px", "codec (cosine, standardised)", "size")
+    table = Table(Column("array", no_wrap=True), *names)
     for a in arrays:
         table.add_row(
             plain(a["key"]), str(a["tiles"]), "x".join(map(str, a["grid"])), str(a["channels"]),
@@ -67,11 +68,12 @@ def show_arrays(arrays: list[dict[str, Any]]) -> None:
 
 
 def _codec(array: dict[str, Any]) -> str:
-    """Return the codec and, of one that loses more than rounding, the mean cosine that was measured with it."""
+    """Return the codec and, where it loses more than rounding, the mean cosines of features and standardised ones."""
     quality = array.get("quality")
     if quality is None or array["codec"].startswith("float16"):
         return plain(array["codec"])
-    return plain(f"{array['codec']} ({quality['cosine']:.5f})")
+    seen = "" if quality["held_out"] else ", seen tiles"
+    return plain(f"{array['codec']} ({quality['cosine']:.5f}, {quality['standardised']:.4f}{seen})")
 
 
 def _special_views(arrays: list[dict[str, Any]]) -> dict[str, str]:

@@ -59,7 +59,9 @@ def parse_codec(text: str) -> EncodingSpec:
     if found:
         return EncodingSpec(codec="pca-int8", parameters={"components": int(found[1])})
     encoding = EncodingSpec(codec=text)
-    if text == "pca-int8" or text not in CODECS:
+    if text == "pca-int8":
+        raise UsageError(f"codec {text!r}: say how many components, e.g. pca96-int8")
+    if text not in CODECS:
         raise UsageError(f"unknown codec {text!r}.{did_you_mean(text, CODECS)} Known: {_KNOWN}")
     return encoding
 

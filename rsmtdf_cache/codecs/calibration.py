@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -22,6 +24,9 @@ __all__ = ["Calibration", "Moments"]
 
 _FORMAT = "rsmtdf-calibration"
 _MOST_CHANNELS = 2**14
+_MOST_NBYTES, _MOST_HEADER = 2**28, 2**20
+#: Features are half precision at most, so no statistic of them is larger.
+_MOST = 65504.0
 
 
 @dataclass
@@ -132,7 +137,10 @@ class Calibration:
         from safetensors.numpy import load
 
         try:
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            length = int.from_bytes(data[:8], "little")
+            if length > _MOST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(data[8 : 8 + length])
             stated = json.loads(header["__metadata__"]["calibration"])
             if stated["format"] != _FORMAT:
                 raise ValueError(f"format {stated['format']!r}")
@@ -140,12 +148,32 @@ class Calibration:
             found = load(data)
             mean, std = found["mean"], found["std"]
             basis, variances = found.get("basis"), found.get("variances")
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise FindingsError(f"{where}: not a calibration ({type(error).__name__}: {error})") from None
         shapes = mean.ndim == 1 and mean.shape == std.shape and 0 < len(mean) <= _MOST_CHANNELS
         if basis is not None:
             shapes = shapes and variances is not None and basis.shape == (len(variances), len(mean))
         arrays = [a for a in (mean, std, basis, variances) if a is not None]
-        if not shapes or not all(a.dtype == np.float32 and np.isfinite(a).all() for a in arrays) or (std < 0).any():
+        if not shapes or not all(a.dtype == np.float32 and np.isfinite(a).all() for a in arrays):
             raise FindingsError(f"{where}: not a calibration (shapes or values are impossible)")
+        sound = np.abs(mean).max() <= _MOST and std.min() >= 0 and std.max() <= _MOST
+        if basis is not None and variances is not None:
+            products = basis.astype(np.float64) @ basis.T.astype(np.float64)
+            sound = sound and variances.min() >= 0 and variances.max() <= _MOST * len(mean)
+            sound = sound and bool(np.abs(products - np.eye(len(basis))).max() < 1e-3)
+        if not sound:
+            raise FindingsError(f"{where}: not a calibration (impossible deviations, or axes that are not orthonormal)")
         return cls(mean, std, basis, variances, about)
+
+    @classmethod
+    def read(cls, path: Path, digest: str | None = None) -> Self:
+        """Return the calibration in the file ``path``, whose sha256 is ``digest``, or its own name where that is one.
+
+        Raises ``FindingsError`` when it is missing, too large, damaged or none.
+        """
+        if not path.is_file() or path.stat().st_size > _MOST_NBYTES:
+            raise FindingsError(f"{path}: missing, or too large to be a calibration")
+        data, wanted = path.read_bytes(), digest or path.stem
+        if re.fullmatch("[0-9a-f]{64}", wanted) and hashlib.sha256(data).hexdigest() != wanted:
+            raise FindingsError(f"{path}: damaged (its sha256 is not its name)")
+        return cls.from_bytes(data, str(path))

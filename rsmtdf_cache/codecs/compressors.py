@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import FindingsError, UsageError
 
-__all__ = ["check_compressor", "compress", "decompress", "zarr_compressor"]
+__all__ = ["canonical", "check_compressor", "compress", "decompress", "zarr_compressor"]
 
 _BLOSC = ("lz4", "lz4hc", "blosclz", "zstd", "zlib")
 _SHUFFLES = ("noshuffle", "shuffle", "bitshuffle")
@@ -58,6 +58,14 @@ def _engine(name: str) -> Any:
     return numcodecs.Blosc(cname=codec, clevel=level, shuffle=_SHUFFLES.index(shuffle))
 
 
+def canonical(name: str) -> str:
+    """Return the one way to write a compressor: ``zstd`` is ``zstd:1``. Raises ``UsageError`` when it is none."""
+    if name == "none":
+        return name
+    kind, codec, level, shuffle = _parsed(name)
+    return f"zstd:{level}" if kind == "zstd" else f"blosc:{codec}:{level}:{shuffle}"
+
+
 def compress(name: str, values: NDArray[Any]) -> bytes:
     """Return the bytes of a chunk as they are stored."""
     if name == "none":
@@ -66,17 +74,47 @@ def compress(name: str, values: NDArray[Any]) -> bytes:
 
 
 def decompress(name: str, data: Any, nbytes: int, where: str) -> Any:
-    """Return the ``nbytes`` bytes of a chunk. Raises ``FindingsError`` when ``data`` is damaged or holds more."""
+    """Return the ``nbytes`` bytes of a chunk. Raises ``FindingsError`` when ``data`` is damaged or holds more or less.
+
+    What the chunk says of itself is checked before a library sees it: both take it at its word.
+    """
     if name == "none":
         return data
+    kind = _parsed(name)[0]
+    stated = _zstd_size(data) if kind == "zstd" else _blosc_size(data)
     out = np.empty(nbytes, np.uint8)
     try:
-        found = _engine(name).decode(data, out=out)
+        if stated != nbytes:
+            raise ValueError(f"it says it holds {stated} bytes, the array's chunks have {nbytes}")
+        _engine(name).decode(data, out=out)
     except (RuntimeError, ValueError) as error:
         raise FindingsError(f"{where}: a chunk cannot be decompressed ({error}); run `rsmtdf cache verify`") from None
-    if np.asarray(found).nbytes != nbytes:
-        raise FindingsError(f"{where}: a chunk has another size than the array says; run `rsmtdf cache verify`")
     return out
+
+
+def _zstd_size(data: Any) -> int | None:
+    """Return the size of content in a Zstandard frame's header (RFC 8878, 3.1.1.1), None for no such header."""
+    head = bytes(data[:18])
+    if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    descriptor = head[4]
+    single = bool(descriptor & 0x20)
+    at = 5 + (0 if single else 1) + (0, 1, 2, 4)[descriptor & 3]
+    width = (1 if single else 0, 2, 4, 8)[descriptor >> 6]
+    field = head[at : at + width]
+    if not width or len(field) < width:
+        return None
+    return int.from_bytes(field, "little") + (256 if width == 2 else 0)
+
+
+def _blosc_size(data: Any) -> int | None:
+    """Return the size of content in a Blosc 1 header when its compressed size is that of ``data``, else None."""
+    head = bytes(data[:16])
+    if len(head) < 16:
+        return None
+    nbytes, block, stored = (int.from_bytes(head[i : i + 4], "little") for i in (4, 8, 12))
+    sound = head[0] == 2 and stored == len(data) and head[3] > 0 and 0 < block <= max(nbytes, 1)
+    return nbytes if sound else None
 
 
 def zarr_compressor(name: str, itemsize: int) -> Any:

@@ -81,6 +81,8 @@ def diff_stores(a: Path | str, b: Path | str, deep: bool = False, on_event: Even
     for key in sorted(set(ours_by_key) & set(theirs_by_key), key=str):
         if ours_by_key[key].digest() != theirs_by_key[key].digest():
             found.arrays_other_spec[str(key)] = spec_difference(ours_by_key[key], theirs_by_key[key])
+        elif (ours := _calibration(left, key)) != (theirs := _calibration(right, key)):
+            found.arrays_other_spec[str(key)] = [f"calibration: {ours[:12]} (A) != {theirs[:12]} (B)"]
         else:
             found.arrays.append(_array(left, right, key, rows, deep, on_event))
     return found
@@ -142,6 +144,11 @@ def _bits(store: FeatureStore, key: FeatureKey, row: int) -> bytes:
     if codes is None:
         raise FindingsError(f"{store.path}: {key} of row {row} is committed, but its shard has no such tile")
     return codes.tobytes()
+
+
+def _calibration(store: FeatureStore, key: FeatureKey) -> str:
+    """Return the digest of what the codec of ``key`` was calibrated with, empty for none."""
+    return store.ledger.sets[store.ledger.set_of(key)].calibrations.get(key.layer, "")
 
 
 def _profiles(store: FeatureStore, key: FeatureKey) -> list[NumericsProfile]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,12 @@ import zarr
 
 from rsmtdf_cache.build import build_store
 from rsmtdf_cache.calibrate import sample_rows
-from rsmtdf_cache.errors import FindingsError, MismatchError, UsageError
+from rsmtdf_cache.codecs.compressors import compress
+from rsmtdf_cache.errors import DataError, FindingsError, MismatchError, UsageError
+from rsmtdf_cache.layout import shard_layout
 from rsmtdf_cache.quality import Quality
 from rsmtdf_cache.request import BuildRequest
+from rsmtdf_cache.shard import ShardReader
 from rsmtdf_cache.share.pull import pull_store
 from rsmtdf_cache.share.push import push_store
 from rsmtdf_cache.sources import open_source
@@ -226,10 +231,18 @@ def test_a_lost_or_damaged_calibration_is_named_and_its_arrays_are_refused(
     for damage in ("flipped", "lost"):
         flip(artefact, 5000) if damage == "flipped" else artefact.unlink()
         assert artefact.relative_to(store).as_posix() in {f.path for f in verify_store(store)}
-        with pytest.raises(FindingsError, match="cannot be read without it"):
-            reader = FeatureStore.open(store)
-            for key in reader.keys():
-                reader.read(key, [0])
+        before = files(store)
+        for use in (
+            FeatureStore.open,
+            collect,
+            lambda s: drop_arrays(s, ["*/*/stage4"]),
+            lambda s: build(data, s, "pca24-int8"),
+        ):
+            with pytest.raises(FindingsError, match="the ledger has lost the calibration"):
+                use(store)
+        with pytest.raises(FindingsError, match="the ledger has lost the calibration"):
+            push_store(store, str(tmp_path / damage))
+        assert files(store) == before
         with pytest.raises((FindingsError, UnrepairedError), match="calibration"):
             repair_store(store, data)
         artefact.write_bytes(sound)
@@ -315,3 +328,50 @@ def test_the_command_that_a_run_prints_for_missing_tiles_names_the_codec(
         with pytest.raises(MismatchError, match="lacks 1 of them") as caught:
             BatchLoader.open(open_source(more), recipe, FeatureStore.open(coded[name]), 1)
         assert option in str(caught.value)
+
+
+def test_a_given_calibration_is_used_or_refused_never_left_aside(
+    data: Path, coded: dict[str, Path], tmp_path: Path
+) -> None:
+    other = write_dataset(tmp_path / "other", 9, seed=4, splits={"train": range(9)}, labeled={})
+    foreign, store = build(other, tmp_path / "foreign"), Path(shutil.copytree(coded["int8"], tmp_path / "s"))
+    before = files(store)
+    for teacher in (TEACHER, f"{TEACHER},orientations=2"):  # nothing to do, and an orientation more
+        with pytest.raises(MismatchError, match="with another calibration"):
+            build(data, store, teacher=teacher, calibration=[foreign])
+    with pytest.raises(UsageError, match="two different ones"):
+        build(data, tmp_path / "new", calibration=[foreign, coded["int8"]])
+    with pytest.raises(UsageError, match="nothing of this build is calibrated"):
+        build(data, tmp_path / "new", "float16", calibration=[foreign])
+    artefact = sorted((foreign / "ledger" / "calibrations").iterdir())[0]
+    flip(artefact, artefact.stat().st_size - 9)
+    with pytest.raises(DataError, match="its sha256 is not its name"):
+        build(data, tmp_path / "new", calibration=[foreign])
+    assert files(store) == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("compressor", ["zstd:1", "blosc:lz4:1:shuffle"])
+def test_a_compressed_chunk_that_holds_less_or_lies_is_a_finding_not_memory(
+    compressor: str, data: Path, tmp_path: Path
+) -> None:
+    """The shard's sha256 is made to fit: a hostile store says whatever it likes of its own bytes."""
+    store = build(data, tmp_path / "s", compressor=compressor, teacher=TEACHER.replace("stage3+stage4", "stage3"))
+    shard = store / "zarr" / str(KEY) / "features/c/0/0/0/0"
+    layout = shard_layout(FeatureStore.open(store).spec(KEY), 5)
+    sound = ShardReader(shard, layout)
+    short = compress(compressor, np.zeros(layout.chunk_nbytes // 2, np.int8))
+    assert len(short) <= int(sound._lengths[0, 0, 0])
+    liar = short[:12] + (2**31 - 1).to_bytes(4, "little") + short[16:]  # Blosc: its compressed size
+    for chunk in (short, liar, short[:8], b""):
+        raw = bytearray(shard.read_bytes())
+        offset = int(sound._offsets[0, 0, 0])
+        raw[offset : offset + len(chunk)] = chunk
+        index = np.frombuffer(bytes(raw[-layout.index_nbytes : -4]), "<u8").copy()
+        index[1] = len(chunk)
+        raw[-layout.index_nbytes :] = index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little")
+        broken = tmp_path / "broken"
+        broken.write_bytes(raw)
+        with pytest.raises(FindingsError, match="a chunk cannot be decompressed"):
+            ShardReader(broken, layout).read(0, 0, 0, np.empty((4, 4, layout.channels), np.int8))
+        with pytest.raises(FindingsError, match="a chunk cannot be decompressed"):
+            ShardReader(broken, layout).check_chunks()

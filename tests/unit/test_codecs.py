@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rsmtdf_cache.codecs import Calibration, Codec, Moments, codec_name, load_codec, parse_codec
-from rsmtdf_cache.codecs.compressors import compress, decompress
+from rsmtdf_cache.codecs.compressors import canonical, compress, decompress
 from rsmtdf_cache.codecs.device import DeviceDecoder
 from rsmtdf_cache.errors import FindingsError, UsageError
 from rsmtdf_cache.quality import Quality
@@ -193,3 +195,31 @@ def test_compressors_give_back_the_bytes_and_refuse_damage(name: str) -> None:
 def test_an_unknown_compressor_is_a_usage_error(name: str) -> None:
     with pytest.raises(UsageError, match="compressor"):
         compress(name, np.zeros(3, np.int8))
+
+
+def test_impossible_calibrations_are_refused() -> None:
+    codec = calibrated("pca20-int8", features(0))
+    sound = codec.calibration
+    assert sound is not None and sound.basis is not None and sound.variances is not None
+    wrong = {
+        "deviations no feature has": replace(sound, std=np.full_like(sound.std, 3e38)),
+        "a mean no feature has": replace(sound, mean=np.full_like(sound.mean, 1e9)),
+        "axes that are not orthonormal": replace(sound, basis=sound.basis * 2),
+        "axes of nothing": replace(sound, basis=np.zeros_like(sound.basis)),
+        "negative variances": replace(sound, variances=-sound.variances),
+        "not a number": replace(sound, mean=np.full_like(sound.mean, np.nan)),
+    }
+    for what, calibration in wrong.items():
+        with pytest.raises(FindingsError, match="not a calibration"):
+            Calibration.from_bytes(calibration.to_bytes(), what)
+
+
+def test_a_nested_header_is_refused_without_a_traceback() -> None:
+    header = (b'{"__metadata__":{"calibration":"' + b"[" * 100_000 + b'"}}').ljust(100_200)
+    with pytest.raises(FindingsError, match="not a calibration"):
+        Calibration.from_bytes(len(header).to_bytes(8, "little") + header, "here")
+
+
+def test_one_compressor_has_one_name() -> None:
+    assert {canonical(name) for name in ("zstd", "zstd:1", "zstd:+1", "zstd:01")} == {"zstd:1"}
+    assert canonical("blosc:lz4") == canonical("blosc:lz4:5:bitshuffle") == "blosc:lz4:5:bitshuffle"
