@@ -41,7 +41,7 @@ from rsmtdf_cache.head import load_whole
 from rsmtdf_cache.index import Quarantined, index_tiles, new_records
 from rsmtdf_cache.layout import ArraySet, StorePaths, unit_nbytes
 from rsmtdf_cache.ledger import Ledger
-from rsmtdf_cache.manifest import load_manifest
+from rsmtdf_cache.manifest import load_manifest, refuse_foreign_content
 from rsmtdf_cache.plan import (
     TeacherLoader,
     array_sets,
@@ -142,6 +142,7 @@ def plan_build(
     """
     source = open_source(request.data)
     refuse_store_among_tiles(request)
+    refuse_foreign_content(request.out)
     looked = _look(source, request, on_event, _LOOK_AT_MOST if measure else 0)
     judge_tiles(looked.records + looked.unread, looked.quarantined, request, on_event)
     begun = time.perf_counter()

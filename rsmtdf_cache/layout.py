@@ -19,6 +19,7 @@ __all__ = [
     "Part",
     "StorePaths",
     "choose_group_rows",
+    "contradiction",
     "parts_of",
     "set_id",
     "shard_layout",
@@ -129,6 +130,20 @@ class ArraySet:
     @property
     def label(self) -> str:
         return f"{self.specs[0].teacher.name}/{self.specs[0].view.name}"
+
+
+def contradiction(spec: FeatureSpec, tile_px: int) -> str:
+    """Return what is wrong with the geometry of an array in a store of tiles of ``tile_px``, an empty text for nothing.
+
+    A record can be whole and still lie about where tokens are; reading by it would be silently wrong.
+    """
+    if spec.tile_px != tile_px:
+        return f"it is of tiles of {spec.tile_px} px, the store has tiles of {tile_px} px"
+    stride, size = spec.layer.stride_px, spec.view.size_px
+    # Padding can add a token; networks without padding lose a few at the border, never most of the view.
+    if any(not size / 2 <= tokens * stride < size + 2 * stride for tokens in spec.grid):
+        return f"{spec.grid[0]}x{spec.grid[1]} tokens of {stride} px do not cover a view of {size} px"
+    return ""
 
 
 def set_id(specs: Sequence[FeatureSpec]) -> str:

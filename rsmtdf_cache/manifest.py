@@ -72,6 +72,9 @@ def refuse_foreign_content(root: Path) -> None:
     """Raise ``MismatchError`` when ``root`` is neither a store, nor empty, nor what a killed builder left."""
     if (root / "manifest.json").is_file():
         return
+    above = next((p for p in root.parents if p.exists()), root)
+    if above.exists() and not above.is_dir():
+        raise MismatchError(f"the folder {root}: {above} is a file; choose a new or empty folder")
     if root.exists() and not root.is_dir():
         raise MismatchError(f"the folder {root}: a file is there; choose a new or empty folder")
     own = {"ledger", "tmp"}  # what a builder makes before its manifest

@@ -18,9 +18,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     StringConstraints,
-    model_serializer,
     model_validator,
 )
 
@@ -79,20 +77,27 @@ class _Spec(BaseModel):
     #: Members that came after the first stores. At their default they are not written, so digests stay what they were.
     LATER: ClassVar[frozenset[str]] = frozenset()
 
-    @model_serializer(mode="wrap")
-    def _without_later_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = write(self)
-        fields = type(self).model_fields
-        return {k: v for k, v in data.items() if k not in self.LATER or getattr(self, k) != fields[k].default}
-
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return self.model_dump(mode="json")
+        """Return plain JSON data.
+
+        Plain Python: pydantic's serialisers wrap a Ctrl-C that comes while they call back, and it is lost.
+        """
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name in fields}
+        return {k: _json(v) for k, v in values.items() if k not in self.LATER or v != fields[k].default}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Return the validated value of ``data``; raises ``pydantic.ValidationError``."""
         return cls.model_validate(data)
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, _Spec):
+        return value.to_json()
+    if isinstance(value, tuple):
+        return [_json(v) for v in value]
+    return dict(value) if isinstance(value, dict) else value
 
 
 class PixelSpec(_Spec):
@@ -120,7 +125,7 @@ class LayerSpec(_Spec):
     name: str
     channels: int = Field(gt=0, le=2**20)
     stride_px: int = Field(gt=0, le=2**16)
-    offset_px: float
+    offset_px: float = Field(ge=-(2**16), le=2**16, allow_inf_nan=False)
 
 
 class TeacherSpec(_Spec):

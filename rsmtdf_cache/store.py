@@ -19,7 +19,7 @@ from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError, ResourceError, UsageError, did_you_mean
 from rsmtdf_cache.files import read_json
 from rsmtdf_cache.head import find_snapshot, load_whole
-from rsmtdf_cache.layout import Part, StorePaths, parts_of, shard_layout
+from rsmtdf_cache.layout import Part, StorePaths, contradiction, parts_of, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.readcheck import is_checked, mark_checked
@@ -85,6 +85,9 @@ class FeatureStore:
             ledger = find_snapshot(self.paths, ledger, snapshot)
         self.ledger = ledger
         self._specs = self.ledger.specs()
+        for key, spec in self._specs.items():
+            if wrong := contradiction(spec, self.manifest.tile_px):
+                raise FindingsError(f"{self.path}: {key}: {wrong}; the record is damaged or hostile")
         # Read at every crop, so looked up once: which shards of a key are committed, by row group.
         self._records = {(k, p): self.ledger.shards(k, p) for k, spec in self._specs.items() for p in parts_of(spec)}
         self._shards: dict[tuple[FeatureKey, int, Part], ShardReader] = {}
@@ -220,6 +223,7 @@ class FeatureStore:
         are not committed have NaN as value or scale. Raises what ``read`` raises.
         """
         spec = self.spec(key)
+        rows = [int(row) if isinstance(row, np.integer) else row for row in rows]  # narrow types overflow
         crops = [token_box(spec, b) for b in boxes] if boxes is not None else [Box(0, 0, *spec.grid)] * len(rows)
         sizes = {(c.height, c.width) for c in crops}
         if len(crops) != len(rows) or len(sizes) > 1:

@@ -13,7 +13,7 @@ from rsmtdf_cache.errors import FindingsError, MismatchError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import is_locked, sha256_file
 from rsmtdf_cache.head import content_lost, record_files
-from rsmtdf_cache.layout import PARTS, StorePaths, parts_of, shard_layout
+from rsmtdf_cache.layout import PARTS, StorePaths, contradiction, parts_of, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import Manifest, load_manifest
 from rsmtdf_cache.shard import ShardReader
@@ -134,6 +134,9 @@ def _row_faults(found: Survey, manifest: Manifest) -> Iterator[Finding]:
     whole = not any(f.path.startswith("ledger/tiles") for f in found.findings)
     for name, units in ledger.commits.items():
         live = {s.layer.name for s in ledger.live(name)}
+        for spec in ledger.sets[name].arrays.specs:
+            if wrong := contradiction(spec, manifest.tile_px):
+                yield Finding(paths.relative(paths.array_set(name)), f"{spec.key}: {wrong}")
         parts = {s.layer.name: parts_of(s) for s in ledger.sets[name].arrays.specs}
         for group, commit in units.items():
             first, layers = group * manifest.group_rows, {s.layer for s in commit.shards}

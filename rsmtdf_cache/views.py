@@ -147,6 +147,8 @@ def view_specs(teacher: TeacherSpec, tile_px: int, scales: tuple[float, ...], or
                 f"{teacher.name}; tiles of {tile_px} px can have the scales {', '.join(f'{s:g}' for s in good)} "
                 f"(scale 1 = {base} px)"
             )
+        if size > 2**16:
+            raise UsageError(f"scale {scale:g} makes views of {size:g} px; at most {2**16} px a side can be stored")
         views += [ViewSpec(size_px=int(size), orientation=o) for o in ORIENTATION_SETS[orientations]]
     if len({v.name for v in views}) != len(views):
         raise UsageError(f"scales {', '.join(f'{s:g}' for s in scales)}: the same scale stands twice")

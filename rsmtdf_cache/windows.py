@@ -70,7 +70,8 @@ def with_windows(
             f"teacher {teacher.spec.name}: a view of {view.size_px} px cannot be cut into windows of {goal} px on its "
             f"stride of {coarsest} px; choose a larger window, --window 0 (never), or another scale"
         )
-    shared = min(int(side * overlap / coarsest + 0.5) * coarsest, side - coarsest)
+    least = coarsest if overlap > 0 else 0  # what was asked to blend has something to blend
+    shared = min(max(int(side * overlap / coarsest + 0.5) * coarsest, least), side - coarsest)
     made = view.model_copy(update={"windows": WindowSpec(side_px=side, overlap_px=shared)})
     map_layers(teacher, layers, made)
     return made

@@ -47,6 +47,8 @@ def build(
         elif not quiet:
             show_plan(planned)
         return
+    if not measure:
+        raise UsageError("--no-measure: goes with --dry-run; a build measures nothing beforehand")
     measured = read_measured(_read_plan(plan), f"--plan {plan}") if plan else None
     if plan and measured is None:
         raise UsageError(f"--plan {plan}: made with --no-measure, there is no time to compare with; leave it out")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rsmtdf_cli.cache.look import known_source
-from rsmtdf_cli.cache.show import plain, size
+from rsmtdf_cli.cache.show import plain, png_file, size
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, message, progress
 
 if TYPE_CHECKING:
@@ -38,7 +38,10 @@ def fidelity(
             help="Where a teacher's weights are: NAME,weights=FILE or NAME,pretrained=none,seed=N; repeatable."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="PNG file to draw the comparison into.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="PNG file to draw the comparison into.", show_default=False, parser=png_file, metavar="PNG"),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: cuda if there is one).")] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rsmtdf_cli.cache.show import AnyStoreArgument, plain, show_arrays, size
+from rsmtdf_cli.cache.show import AnyStoreArgument, plain, png_file, show_arrays, size
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, message, progress
 
 if TYPE_CHECKING:
@@ -58,7 +58,12 @@ def preview(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="PNG file to write. Default: preview.png, none when --html is given.", show_default=False),
+        typer.Option(
+            help="PNG file to write. Default: preview.png, none when --html is given.",
+            show_default=False,
+            parser=png_file,
+            metavar="PNG",
+        ),
     ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Page to write: one file to click in, with everything inside.")

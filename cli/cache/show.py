@@ -10,7 +10,7 @@ import typer
 
 from rsmtdf_cli.console import console
 
-__all__ = ["AnyStoreArgument", "StoreArgument", "local_folder", "plain", "show_arrays", "size"]
+__all__ = ["AnyStoreArgument", "StoreArgument", "local_folder", "plain", "png_file", "show_arrays", "size"]
 
 
 def _folder(text: str) -> Path:
@@ -95,7 +95,14 @@ def size(nbytes: float) -> str:
 
 
 def plain(text: str) -> str:
-    """Return ``text`` so that rich prints it as it is."""
+    """Return ``text`` so that rich prints it as it is, without characters that would command the terminal."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text))
+
+
+def png_file(text: str) -> Path:
+    """Return the path of a picture to write: what an option's ``parser`` does. Raises ``typer.BadParameter``."""
+    if Path(text).suffix.lower() != ".png":
+        raise typer.BadParameter(f"{text!r}: pictures are PNG files; give a name that ends in .png")
+    return Path(text)

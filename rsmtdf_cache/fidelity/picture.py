@@ -55,7 +55,7 @@ def draw_fidelity(path: Path, report: FidelityReport) -> Path:
         handles += [Line2D([], [], color="0.4", marker=_of(_MARKS, n), ls="", label=name) for n, name in names.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(7, len(handles)), fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": "rsmtdf"})
+    figure.savefig(path, format="png", metadata={"Software": "rsmtdf"})
     return path
 
 

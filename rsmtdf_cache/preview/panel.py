@@ -185,5 +185,5 @@ def _in_lines(key: str) -> str:
 
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": "rsmtdf"})
+    figure.savefig(path, format="png", metadata={"Software": "rsmtdf"})
     return path

@@ -16,16 +16,22 @@ from typer.testing import CliRunner
 
 from rsmtdf_cache.build import BuildReport, build_store
 from rsmtdf_cache.encode import encode_batch
-from rsmtdf_cache.errors import UsageError
+from rsmtdf_cache.errors import FindingsError, UsageError
 from rsmtdf_cache.estimate import plan_build
+from rsmtdf_cache.files import publish_json, read_json, replace_json
 from rsmtdf_cache.fixed_views import FixedView, draw_fixed_view
+from rsmtdf_cache.layout import ArraySet, StorePaths
+from rsmtdf_cache.ledger import Ledger, SetRecord
 from rsmtdf_cache.photometry import photometric
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.sources import open_source
-from rsmtdf_cache.specs import NumericsProfile
+from rsmtdf_cache.specs import FeatureSpec, NumericsProfile, ViewSpec
 from rsmtdf_cache.store import FeatureStore
+from rsmtdf_cache.teachers.base import TeacherRequest
 from rsmtdf_cache.upkeep.recompute import recompute_sample
+from rsmtdf_cache.verify import verify_store
 from rsmtdf_cache.views import ORIENTATION_SETS, orient_point
+from rsmtdf_cache.windows import with_windows
 from rsmtdf_cli.app import app
 from tests.datasets import write_dataset
 from tests.teachers import MeanTeacher, load_mean_teacher
@@ -218,3 +224,43 @@ def test_a_tile_of_6000_px_is_encoded_in_the_memory_of_a_window_beside_the_tile(
     np.testing.assert_allclose(found.values[0, :, 7, 0], centres * 255 / side, atol=1)  # painted rows and columns
     np.testing.assert_allclose(found.values[0, 9, :, 1], centres * 255 / side, atol=1)
     assert found.values.shape == (1, 375, 375, 3)
+
+
+@pytest.mark.parametrize("lie", ["tile_px", "stride_px", "grid"])
+def test_a_record_that_lies_about_geometry_is_refused_and_found(lie: str, tmp_path: Path) -> None:
+    """Its checksum and name fit: a hostile store says what it likes, and reading by it would be silently wrong."""
+    data, out = write_dataset(tmp_path / "data", tiles=4, tile_px=64), tmp_path / "s"
+    request = BuildRequest.of({"data": data, "out": out, "teachers": ["mean,layers=mean8"], "scales": [1.0]})
+    build_store(request, load_teacher=load_mean_teacher)
+    paths = StorePaths(out)
+    ((name, record),) = Ledger.load(paths).sets.items()
+    body = record.arrays.specs[0].to_json()
+    if lie == "tile_px":
+        body["tile_px"] = 32
+    elif lie == "stride_px":
+        body["layer"]["stride_px"] = 1
+    else:
+        body["grid"] = [64, 64]
+    forged = ArraySet((FeatureSpec.from_json(body),))
+    paths.array_set(name).unlink()
+    (paths.ledger / "commits" / name).rename(paths.ledger / "commits" / forged.id)
+    for path in (paths.ledger / "commits" / forged.id).glob("*.json"):
+        replace_json(path, {**{k: v for k, v in read_json(path).items() if k != "checksum"}, "set": forged.id})
+    publish_json(paths.array_set(forged.id), SetRecord(forged, record.profile).to_json(), paths.tmp)
+    paths.head.unlink()
+    with pytest.raises(FindingsError, match="the record is damaged or hostile"):
+        FeatureStore.open(out)
+    assert any("px" in f.fault for f in verify_store(out) if f.path == f"ledger/sets/{forged.id}.json")
+
+
+def test_views_too_large_to_store_are_a_usage_error(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", tiles=4, tile_px=64)
+    request = BuildRequest.of({"data": data, "out": tmp_path / "s", "teachers": ["mean"], "scales": [2000.0]})
+    with pytest.raises(UsageError, match="at most 65536 px"):
+        build_store(request, load_teacher=load_mean_teacher)
+
+
+def test_an_overlap_that_was_asked_for_is_never_rounded_away(tmp_path: Path) -> None:
+    teacher = load_mean_teacher(TeacherRequest("mean"))
+    view = with_windows(teacher, ("mean8",), ViewSpec(size_px=128, orientation=0), 64, 0.01)
+    assert view.windows is not None and view.windows.overlap_px > 0

@@ -132,3 +132,19 @@ def test_canonical_json_refuses_nan_and_sorts_keys() -> None:
     assert canonical_json({"b": 1, "a": [1.5, "ä"]}) == '{"a":[1.5,"ä"],"b":1}'
     with pytest.raises(ValueError, match="JSON"):
         canonical_json(float("nan"))
+
+
+def test_an_interrupt_while_a_spec_is_written_stays_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting(frozenset[str]):
+        def __contains__(self, item: object) -> bool:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ViewSpec, "LATER", Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        SPEC.to_json()
+
+
+def test_offsets_that_are_nowhere_are_refused() -> None:
+    for offset in (1e308, float("inf"), float("nan"), -1e6):
+        with pytest.raises(ValidationError):
+            LayerSpec(name="a", channels=1, stride_px=8, offset_px=offset)
