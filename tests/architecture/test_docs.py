@@ -21,7 +21,7 @@ def commands() -> Iterator[tuple[str, Any]]:
             yield f"{name} {sub}", command
 
 
-@pytest.mark.parametrize(("words", "command"), list(commands()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("words", "command"), list(commands()), ids=lambda v: v if isinstance(v, str) else "")
 def test_the_page_has_every_command_with_its_options(words: str, command: Any) -> None:
     title = f"\n## `rsmtdf {words}`\n"
     assert title in PAGE, "run `make docs`"
