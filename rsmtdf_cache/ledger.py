@@ -16,7 +16,7 @@ from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError
 from rsmtdf_cache.files import fsync_folder, no_step, publish_json, read_json, remove_file, replace_file, replace_json
 from rsmtdf_cache.files import sha256_file as _sha256
-from rsmtdf_cache.layout import ArraySet, Part, StorePaths, parts_of
+from rsmtdf_cache.layout import ArraySet, Part, StorePaths
 from rsmtdf_cache.quality import Quality
 from rsmtdf_cache.records import Commit, SetRecord, ShardRecord, read_commit, read_dropped, read_set
 from rsmtdf_cache.segment import read_segment_commits, read_segment_stats, write_segment
@@ -95,7 +95,8 @@ class Ledger:
 
     def all_shards(self, key: FeatureKey) -> list[ShardRecord]:
         """Return the committed shards of all parts of ``key``."""
-        return [shard for part in parts_of(self.specs()[key]) for shard in self.shards(key, part).values()]
+        commits = sorted(self.commits[self.set_of(key)].items())
+        return [shard for _, commit in commits for shard in commit.shards if shard.layer == key.layer]
 
     def codec(self, spec: FeatureSpec) -> Codec:
         """Return the codec of an array of the store, calibrated as its set record says.

@@ -172,8 +172,8 @@ class FeatureStore:
 
     def stored(self, key: FeatureKey, row: int) -> Codes | None:
         """Return the codes of one tile's map as they are stored, None when they are not committed."""
-        codes = self.read_codes(key, [row])
-        return codes[0] if bool(self._present(key, row)) else None
+        codes, present = self._read(key, [row], None)
+        return codes[0] if present[0] else None
 
     def stats(self, key: FeatureKey) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return mean and standard deviation per channel ``[D]`` over all committed tokens of ``key``."""
@@ -204,7 +204,7 @@ class FeatureStore:
         ``FindingsError`` for a damaged shard.
         """
         spec, codec = self.spec(key), self.codec(key)
-        codes = self.read_codes(key, rows, boxes)
+        codes, present = self._read(key, rows, boxes)
         shape = (*codes.values.shape[:-1], spec.layer.channels)
         if out is not None and (out.shape != shape or out.dtype != np.float16):
             raise UsageError(f"{key}: out is {out.dtype}{out.shape}, needed is float16{shape}")
@@ -212,8 +212,7 @@ class FeatureStore:
         if out is not None:
             out[...] = values
             values = out
-        there = np.array([self._present(key, row) for row in rows], np.bool_)
-        valid = np.broadcast_to(there[:, None, None], shape[:-1]).copy()
+        valid = np.broadcast_to(present[:, None, None], shape[:-1]).copy()
         return Features(values, valid, spec.stride_tile_px, spec.offset_tile_px, spec.view.orientation)
 
     def read_codes(self, key: FeatureKey, rows: Sequence[int], boxes: Sequence[Box | CropBox] | None = None) -> Codes:
@@ -222,6 +221,12 @@ class FeatureStore:
         Smaller to move than features; ``codecs.device.DeviceDecoder`` turns them into features on a device. Tokens that
         are not committed have NaN as value or scale. Raises what ``read`` raises.
         """
+        return self._read(key, rows, boxes)[0]
+
+    def _read(
+        self, key: FeatureKey, rows: Sequence[int], boxes: Sequence[Box | CropBox] | None
+    ) -> tuple[Codes, NDArray[np.bool_]]:
+        """Return the codes, and for each row whether its shard is committed and holds it."""
         spec = self.spec(key)
         rows = [int(row) if isinstance(row, np.integer) else row for row in rows]  # narrow types overflow
         crops = [token_box(spec, b) for b in boxes] if boxes is not None else [Box(0, 0, *spec.grid)] * len(rows)
@@ -230,6 +235,7 @@ class FeatureStore:
             raise UsageError(f"{key}: give one box for each of the {len(rows)} rows, all of one size")
         height, width = sizes.pop() if sizes else spec.grid
         found: dict[Part, NDArray[Any]] = {}
+        present = np.zeros(len(rows), np.bool_)
         for part in parts_of(spec):
             layout = shard_layout(spec, self.manifest.group_rows, part)
             found[part] = np.empty((len(rows), height, width, layout.channels), layout.dtype)
@@ -244,7 +250,8 @@ class FeatureStore:
                     found[part][n] = layout.fill
                 else:
                     shard.read(offset, crop.y, crop.x, found[part][n])
-        return Codes(found["features"], found["scale"][..., 0] if "scale" in found else None)
+                    present[n] = present[n] or (part == "features" and bool(shard.present[offset]))
+        return Codes(found["features"], found["scale"][..., 0] if "scale" in found else None), present
 
     def crop(
         self,
@@ -298,12 +305,6 @@ class FeatureStore:
             "profiles": [dict(p) for p in sorted({tuple(sorted(self._profile(k).items())) for k in self.keys()})],
             "arrays": arrays,
         }  # fmt: skip
-
-    def _present(self, key: FeatureKey, row: int) -> bool:
-        """Whether the shard of ``row`` is committed and holds it."""
-        group, offset = divmod(row, self.manifest.group_rows)
-        shard = self._shard(key, group)
-        return shard is not None and bool(shard.present[offset])
 
     def _check_row(self, key: FeatureKey, row: int) -> None:
         if not isinstance(row, (int, np.integer)) or not 0 <= row < len(self.tiles):

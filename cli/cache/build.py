@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rsmtdf_cli.cache.asked import asks_for_build
-from rsmtdf_cli.cache.plan import seconds_text, show_plan
+from rsmtdf_cli.cache.plan import make_plan, seconds_text
 from rsmtdf_cli.cache.show import plain, show_arrays, size
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, progress
 
@@ -36,16 +36,10 @@ def build(
     """Run frozen teachers over every tile of DATA and store their features; a stopped build continues."""
     from rsmtdf_cache.build import build_store
     from rsmtdf_cache.errors import UsageError
-    from rsmtdf_cache.estimate import plan_build
     from rsmtdf_cache.forecast import read_measured
 
     if dry_run:
-        with progress(quiet) as on_event:
-            planned = plan_build(request, on_event, measure)
-        if json:
-            emit_json(planned.to_json())
-        elif not quiet:
-            show_plan(planned)
+        make_plan(request, measure, json, quiet)
         return
     if not measure:
         raise UsageError("--no-measure: goes with --dry-run; a build measures nothing beforehand")

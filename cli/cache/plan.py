@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rsmtdf_cache.forecast import Forecast, Measured
     from rsmtdf_cache.request import BuildRequest
 
-__all__ = ["new_store", "plan", "seconds_text", "show_plan"]
+__all__ = ["make_plan", "new_store", "plan", "seconds_text", "show_plan"]
 
 
 def new_store() -> Path:
@@ -41,6 +41,11 @@ def plan(
     Teachers and disk are measured with real tiles for some seconds each; nothing is written into the store. Without
     --out: a new store in this folder.
     """
+    make_plan(request, measure, json, quiet)
+
+
+def make_plan(request: BuildRequest, measure: bool, json: bool, quiet: bool) -> None:
+    """Plan a build and report it: what `cache plan` and `cache build --dry-run` do."""
     from rsmtdf_cache.estimate import plan_build
 
     with progress(quiet) as on_event:

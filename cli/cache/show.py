@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rsmtdf_cache.units import size
 from rsmtdf_cli.console import console
 
 __all__ = ["AnyStoreArgument", "StoreArgument", "local_folder", "plain", "png_file", "show_arrays", "size"]
@@ -83,15 +84,6 @@ def _special_views(arrays: list[dict[str, Any]]) -> dict[str, str]:
 
     views = dict.fromkeys(ViewSpec.from_json(a["view"]) for a in arrays)
     return {v.name: describe_view(v) for v in views if not v.is_whole or v.windows is not None}
-
-
-def size(nbytes: float) -> str:
-    """Return ``nbytes`` for people: ``"1.2 GB"``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def plain(text: str) -> str:

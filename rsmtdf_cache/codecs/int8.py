@@ -14,7 +14,7 @@ from rsmtdf_cache.codecs.base import Affine, Codec, Codes
 from rsmtdf_cache.codecs.calibration import Calibration
 from rsmtdf_cache.specs import EncodingSpec
 
-__all__ = ["Int8", "quantise"]
+__all__ = ["Int8", "ScaledInt8", "quantise"]
 
 
 def quantise(z: NDArray[np.float32]) -> Codes:
@@ -29,13 +29,17 @@ def quantise(z: NDArray[np.float32]) -> Codes:
     return Codes(np.clip(np.rint(steps), -127, 127).astype(np.int8), scale)
 
 
-class Int8(Codec):
-    """Store ``(x - mean) / std`` per channel as int8 with a scale per token."""
+class ScaledInt8(Codec):
+    """What codecs of int8 with a scale per token share."""
 
     dtype = np.dtype("i1")
     fill = 0
     scaled = True
     calibrated = True
+
+
+class Int8(ScaledInt8):
+    """Store ``(x - mean) / std`` per channel as int8 with a scale per token."""
 
     def __init__(self, encoding: EncodingSpec, channels: int, calibration: Calibration | None = None) -> None:
         super().__init__(encoding, channels, calibration)

@@ -9,22 +9,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rsmtdf_cache.codecs.base import Affine, Codec, Codes
+from rsmtdf_cache.codecs.base import Affine, Codes
 from rsmtdf_cache.codecs.calibration import Calibration
-from rsmtdf_cache.codecs.int8 import quantise
+from rsmtdf_cache.codecs.int8 import ScaledInt8, quantise
 from rsmtdf_cache.errors import UsageError
 from rsmtdf_cache.specs import EncodingSpec
 
 __all__ = ["PcaInt8"]
 
 
-class PcaInt8(Codec):
+class PcaInt8(ScaledInt8):
     """Store the first ``components`` whitened principal components as int8 with a scale per token."""
-
-    dtype = np.dtype("i1")
-    fill = 0
-    scaled = True
-    calibrated = True
 
     def __init__(self, encoding: EncodingSpec, channels: int, calibration: Calibration | None = None) -> None:
         super().__init__(encoding, channels, calibration)

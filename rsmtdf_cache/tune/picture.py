@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rsmtdf_cache.tune.sweep import TuneReport, TuneRow
+from rsmtdf_cache.units import size
 
 __all__ = ["draw_tuning"]
 
@@ -47,7 +48,7 @@ def draw_tuning(path: Path, report: TuneReport, title: str = "") -> Path:
         axis.axvline(report.budget, color="0.45", linewidth=1, linestyle=":")
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(f"features of {report.tiles} tiles")
     axis.set_ylabel(f"mIoU of a linear probe, %, on {report.held_tiles} held-out tiles")
@@ -60,7 +61,7 @@ def draw_tuning(path: Path, report: TuneReport, title: str = "") -> Path:
         Line2D([], [], color="0.45", linestyle=("--", "-.")[n % 2], label=c.name) for n, c in enumerate(report.controls)
     ]
     if report.budget is not None:
-        handles.append(Line2D([], [], color="0.45", linestyle=":", label=f"budget {_bytes(report.budget)}"))
+        handles.append(Line2D([], [], color="0.45", linestyle=":", label=f"budget {size(report.budget)}"))
     if report.recommended is not None:
         handles.append(
             Line2D([], [], color="k", marker="o", markersize=10, markerfacecolor="none", linestyle="none",
@@ -88,11 +89,3 @@ def _codec_kind(row: TuneRow) -> str:
 def _mark(row: TuneRow) -> str:
     kind = _codec_kind(row)
     return "D" if kind == "several codecs" else _MARKS.get(kind, _PCA)
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
