@@ -58,7 +58,7 @@ def evaluate(
         )
     with progress(quiet) as sink:
         scores = score({kind: model for kind, (model, _) in loaded.items()}, source, split, chosen, sink)
-    metrics = scores_to_json(identity, split, scores, identity.recipe.steps)
+    metrics = scores_to_json(identity, split, scores, identity.recipe.total_steps)
     if dropped:
         for kind, found in scores.items():
             metrics["scores"][kind] |= {"without": dropped, "miou_without": found.miou_without(dropped)}

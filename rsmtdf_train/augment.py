@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from rsmtdf_train.recipe import AugmentConfig
 from rsmtdf_train.sample import Targets
+from rsmtdf_train.sections import AugmentConfig
 
 __all__ = [
     "CutMixBox",

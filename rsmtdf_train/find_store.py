@@ -18,8 +18,9 @@ from rsmtdf_cache.share.catalogue import check_catalogue, registered_stores
 from rsmtdf_cache.sources import TileSource, open_source
 from rsmtdf_cache.tiles import pixel_digest
 from rsmtdf_cache.views import ORIENTATION_SETS, base_size_px
-from rsmtdf_train.recipe import DistillConfig, Recipe
+from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.same_weights import compare_weights, is_teacher, weights_text
+from rsmtdf_train.sections import DistillConfig
 from rsmtdf_train.targets import CachedTargets, asked_as, check_pins, match_keys, store_geometry, target_specs
 
 if TYPE_CHECKING:

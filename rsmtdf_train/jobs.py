@@ -87,7 +87,7 @@ def run_jobs(jobs: Sequence[TrainingJob], at_once: int = 1, on_event: EventSink 
                 process.start()
                 theirs.close()
                 running[mine] = _Running(job, process)
-                on_event(ProgressStart(str(job.out), job.title, job.recipe.steps, unit="steps"))
+                on_event(ProgressStart(str(job.out), job.title, job.recipe.total_steps, unit="steps"))
             for connection in wait(list(running)):
                 assert isinstance(connection, Connection)
                 _receive(connection, running, on_event)
@@ -114,7 +114,7 @@ def _complete(job: TrainingJob) -> bool:
     try:
         metrics = json.loads((job.out / "metrics.json").read_text())
         same = load_recipe(job.out / "recipe.yaml") == job.recipe
-        return bool(same and metrics["step"] == job.recipe.steps and _reads(job, metrics["store"]))
+        return bool(same and metrics["step"] == job.recipe.total_steps and _reads(job, metrics["store"]))
     except (OSError, ValueError, KeyError, TypeError, UsageError, DataError):
         return False
 
@@ -152,7 +152,7 @@ def _receive(connection: Connection, running: dict[Connection, _Running], on_eve
     elif isinstance(note, _Steps):
         on_event(Progress(str(run.job.out), note.done - run.done))
         run.done = note.done
-        run.finished = note.done == run.job.recipe.steps
+        run.finished = note.done == run.job.recipe.total_steps
 
 
 def _stop(processes: Sequence[BaseProcess]) -> None:
@@ -188,7 +188,7 @@ def _train(job: TrainingJob, notes: Connection) -> None:
 
     try:
         train(job.recipe, job.out, job.store, device=job.device, on_event=tell, tensorboard=False)
-        notes.send(_Steps(job.recipe.steps))
+        notes.send(_Steps(job.recipe.total_steps))
     except KeyboardInterrupt:
         return  # the parent got it too, and says so
     except (RsmtdfError, OSError) as error:

@@ -119,7 +119,7 @@ def train(
         metrics = None if pin else _complete_without_store(recipe, RunFolder(out), gone.address)
         if metrics is None:
             raise gone.error from None
-        return RunResult(out, recipe.steps, recipe.steps, metrics)
+        return RunResult(out, recipe.total_steps, recipe.total_steps, metrics)
     if left_out := run.loader.dataset.left_out:
         on_event(Warned(f"{len(left_out)} tiles that the store's build could not use are left out of training"))
     if run.loader.targets is not None and run.loader.targets.approximated:
@@ -128,16 +128,16 @@ def train(
     _check_geometry(recipe, state)
     load_checkpoint(run.folder, run.identity, state)
     resumed_at = state.step
-    complete = state.step == recipe.steps and run.folder.metrics.is_file()
+    complete = state.step == recipe.total_steps and run.folder.metrics.is_file()
     if not complete:
         replace_file(run.folder.recipe, recipe.to_yaml().encode())  # first: a folder with a recipe is a run
     if store is not None and store_path is not None:
         _record_store(run, store, store_path, pin, on_event)
     if complete:
-        return RunResult(out, recipe.steps, resumed_at, json.loads(run.folder.metrics.read_text()))
+        return RunResult(out, recipe.total_steps, resumed_at, json.loads(run.folder.metrics.read_text()))
     for folder in (run.folder.checkpoints, run.folder.pictures):
         folder.mkdir(parents=True, exist_ok=True)
-    if state.step < recipe.steps:
+    if state.step < recipe.total_steps:
         _steps(run, state, on_event, tensorboard)
     models = {"student": state.student.eval(), "ema": state.ema}
     for kind in CHECKPOINT_KINDS:
@@ -145,7 +145,7 @@ def train(
     scores = evaluate({k: models[k] for k in CHECKPOINT_KINDS}, run.source, recipe.eval_split, run.device, on_event)
     metrics = scores_to_json(run.identity, recipe.eval_split, scores, state.step)
     replace_file(run.folder.metrics, (json.dumps(metrics, indent=1) + "\n").encode())
-    return RunResult(out, recipe.steps, resumed_at, metrics)
+    return RunResult(out, recipe.total_steps, resumed_at, metrics)
 
 
 def scores_to_json(identity: RunIdentity, split: str, scores: dict[str, Scores], step: int) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _complete_without_store(recipe: Recipe, folder: RunFolder, address: Path | s
         if recorded is None or not names_recorded(address, recorded) or folder.load_recipe() != recipe:
             return None
         metrics: dict[str, Any] = json.loads(folder.metrics.read_text())
-        same = (metrics["store"], metrics["step"]) == (recorded.snapshot, recipe.steps)
+        same = (metrics["store"], metrics["step"]) == (recorded.snapshot, recipe.total_steps)
     except (OSError, ValueError, KeyError, TypeError, UsageError, DataError):
         return None
     return metrics if same else None
@@ -267,8 +267,8 @@ def _steps(run: Run, state: TrainState, on_event: TrainSink, tensorboard: bool) 
     state.student.train()
     with (
         _signals() as stopped,
-        LogWriter(run.folder, recipe.steps, state.step, run.device, on_event, tensorboard) as log,
-        contextlib.closing(run.loader.iterate(state.step, recipe.steps)) as batches,
+        LogWriter(run.folder, recipe.total_steps, state.step, run.device, on_event, tensorboard) as log,
+        contextlib.closing(run.loader.iterate(state.step, recipe.total_steps)) as batches,
     ):
         started = time.perf_counter()
         for batch in batches:
@@ -279,13 +279,13 @@ def _steps(run: Run, state: TrainState, on_event: TrainSink, tensorboard: bool) 
             log.add(state.step - 1, logs, now - started)
             started = now
             stop = bool(stopped)
-            if stop or state.step % recipe.checkpoint_every == 0 or state.step == recipe.steps:
+            if stop or state.step % recipe.checkpoint_every == 0 or state.step == recipe.total_steps:
                 log.flush()  # raises for a loss that is not finite: such a state is never saved
                 save_checkpoint(run.folder, run.identity, state)
-            if stop and state.step < recipe.steps:
+            if stop and state.step < recipe.total_steps:
                 raise Interrupted(
-                    f"{stopped[0]} after step {state.step} of {recipe.steps}; the checkpoint is in {run.folder.last}, "
-                    "the same command continues"
+                    f"{stopped[0]} after step {state.step} of {recipe.total_steps}; the checkpoint is in "
+                    f"{run.folder.last}, the same command continues"
                 )
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rsmtdf_train.losses import distillation
-from rsmtdf_train.recipe import DistillConfig, Recipe
+from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sample import Targets
+from rsmtdf_train.sections import DistillConfig
 
 __all__ = ["TermWeights", "combine", "distill_term", "key_weight", "term_weights"]
 
@@ -30,7 +31,7 @@ def term_weights(recipe: Recipe, step: int) -> TermWeights:
     distill = 0.0
     alone = False
     if recipe.distill is not None:
-        progress = step / max(recipe.steps - 1, 1)
+        progress = step / max(recipe.total_steps - 1, 1)
         distill = recipe.distill.weight * (1 + (recipe.distill.decay_to - 1) * progress)
         alone = step < recipe.distill.only_steps
     return TermWeights(

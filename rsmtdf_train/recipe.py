@@ -1,182 +1,92 @@
-"""A run as one validated value. A recipe is a YAML file; ``--set key=value`` overrides a (dotted) key of it."""
+"""A run as one validated value. A recipe is a YAML file; ``--set key=value`` overrides a (dotted) key of it.
+
+``preset: NAME`` in a file (or ``--set preset=NAME``) starts from a recipe of ``rsmtdf_train/presets``; the file's own
+keys are laid over it.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.abc import Traversable
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rsmtdf_cache.errors import UsageError, did_you_mean
 from rsmtdf_cache.request import parse_teacher
 from rsmtdf_cache.yaml_file import read_yaml
+from rsmtdf_train.sections import (
+    SECTIONS,
+    AugmentConfig,
+    BatchConfig,
+    DistillConfig,
+    EmaConfig,
+    FuseConfig,
+    OptimConfig,
+    PrivilegedConfig,
+    ProbeConfig,
+    Section,
+    StudentConfig,
+    SupervisedConfig,
+    ValidationConfig,
+)
 
-__all__ = [
-    "AugmentConfig",
-    "BatchConfig",
-    "DistillConfig",
-    "EmaConfig",
-    "FuseConfig",
-    "OptimConfig",
-    "Recipe",
-    "StudentConfig",
-    "load_recipe",
-]
+__all__ = ["Recipe", "load_recipe", "preset_names"]
 
+_STEPS = 400
 
-_Patterns = TypeVar("_Patterns", tuple[str, ...], dict[str, float])
-
-
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StudentConfig(_Config):
-    """``encoder``: any timm encoder (``timm:NAME`` or ``NAME``), or ``dinov2_vits14``. Decoders: ``fpn``, ``dpt``."""
-
-    encoder: str = "timm:mobilenetv3_small_050"
-    decoder: Literal["fpn", "dpt"] = "fpn"
-    channels: int = Field(default=64, gt=0, description="width of the decoder")
-    pretrained: bool = Field(default=False, description="start from the encoder's published weights")
-    weights: Path | None = Field(default=None, description="encoder weights file, for machines without a hub")
-    positions: Literal["antialiased", "released"] = Field(
-        default="antialiased", description="how a ViT's position embedding is resampled for other sizes"
-    )
+_TARGETS = r"^(cached|fixed-views|online|none|mixed\((0(\.\d+)?|1(\.0+)?)\))$"
 
 
-class BatchConfig(_Config):
-    """Crops per step."""
+class Recipe(Section):
+    """Everything that decides a run, given the data and the store.
 
-    labeled: int = Field(default=8, gt=0)
-    unlabeled: int = Field(default=8, ge=0)
-
-
-class OptimConfig(_Config):
-    """AdamW with polynomial or cosine decay after a linear warm-up; learning rates per parameter group."""
-
-    lr: float = Field(default=1e-3, gt=0)
-    encoder_lr: float | None = Field(default=None, gt=0, description="default: lr")
-    weight_decay: float = Field(default=0.01, ge=0)
-    schedule: Literal["poly", "cosine", "constant"] = "poly"
-    warmup_steps: int = Field(default=0, ge=0)
-    clip_norm: float | None = Field(default=None, gt=0)
-
-
-class EmaConfig(_Config):
-    """EMA teacher of FixMatch: decay ``min(1 - 1 / (step + 1), decay)``."""
-
-    decay: float = Field(default=0.996, ge=0, lt=1)
-
-
-class AugmentConfig(_Config):
-    """Photometric changes touch the student's strong view only; geometry is shared with label and features."""
-
-    orientations: bool = Field(default=True, description="draw one of the orientations the store holds (or all of D4)")
-    approximate_orientations: bool = Field(
-        default=False, description="draw all eight; features of those not stored are turned maps of stored ones"
-    )
-    jitter: float = Field(default=0.5, ge=0, le=1, description="brightness, contrast, saturation; hue is half of it")
-    jitter_p: float = Field(default=0.8, ge=0, le=1)
-    gray_p: float = Field(default=0.2, ge=0, le=1)
-    blur_p: float = Field(default=0.5, ge=0, le=1)
-    cutmix_p: float = Field(default=0.5, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _approximates_what_it_draws(self) -> Self:
-        if self.approximate_orientations and not self.orientations:
-            raise ValueError("approximate_orientations draws all orientations, and orientations is false; set one")
-        return self
-
-
-class DistillConfig(_Config):
-    """Distillation of standardised cached features into translated student features.
-
-    ``view: strong`` (RS-MTDF): labelled and strong, CutMixed crops. ``weak``: labelled and weak crops, photometrically
-    what the teachers saw; one more pass of the student's encoder.
+    ``targets``: ``cached`` (stored views, crops on the lattice), ``fixed-views`` (stored random views), ``online`` (the
+    teachers run on the student's own crops), ``mixed(p)`` (online with probability p, else cached), ``none``.
     """
-
-    weight: float = Field(default=1.0, ge=0)
-    loss: Literal["mse", "cosine_smooth_l1"] = "cosine_smooth_l1"
-    view: Literal["strong", "weak"] = Field(
-        default="strong",
-        description="unlabelled view that is distilled: the student's own input, or what the teacher saw",
-    )
-    keys: tuple[str, ...] = Field(
-        default=(), description="glob patterns of teacher/size/layer; empty = all in the store"
-    )
-    weights: dict[str, float] = Field(default_factory=dict, description="per glob pattern; default 1 each")
-    hidden: int = Field(default=256, gt=0, description="width of a translator's hidden layer")
-    decay_to: float = Field(default=1.0, ge=0, description="factor of the weight at the last step, linear in between")
-    only_steps: int = Field(default=0, ge=0, description="first steps with distillation alone, before any segmentation")
-    pins: dict[str, str] = Field(
-        default_factory=dict,
-        description="digest (8 or more hex digits) the store must have, by teacher/view/layer or teacher/size/layer",
-    )
-
-    @field_validator("keys", mode="before")
-    @classmethod
-    def _one_pattern_is_a_list_of_one(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("keys", "weights")
-    @classmethod
-    def _patterns_name_targets(cls, patterns: _Patterns) -> _Patterns:
-        for pattern in patterns:
-            view = pattern.split("/")[1] if pattern.count("/") == 2 else ""
-            if turned := re.fullmatch(r"(s[^o]*)o[^o]*", view):  # no teacher/size/layer has an o there
-                teacher, _, layer = pattern.split("/")
-                raise ValueError(
-                    f"{pattern!r} names an orientation, which training draws itself: "
-                    f"write '{teacher}/{turned[1]}/{layer}'"
-                )
-        return patterns
-
-    @field_validator("pins")
-    @classmethod
-    def _pins_name_digests(cls, pins: dict[str, str]) -> dict[str, str]:
-        for key, digest in pins.items():
-            if key.count("/") != 2:
-                raise ValueError(f"{key!r}: write teacher/view/layer or teacher/size/layer")
-            if not re.fullmatch(r"[0-9a-f]{8,64}", digest):
-                raise ValueError(f"{key}: {digest!r} is no digest; write 8 to 64 of its hex digits, in quotes")
-        return pins
-
-
-class FuseConfig(_Config):
-    """Translations, projected back, join the last decoder input: ``(1 - share) s + share * mean(projections)``."""
-
-    share: float = Field(default=0.2, ge=0, le=1)
-
-
-class Recipe(_Config):
-    """Everything that decides a run, given the data and the store."""
 
     name: str = "run"
     data: Path
     labeled: str = Field(default="5", description="labelled subset of the train split: 5 = splits/labeled/5.txt")
+    unlabeled: Literal["all", "rest"] = Field(
+        default="all", description="unlabelled crops come from all train tiles, or from those that are not labelled"
+    )
     eval_split: str = "test"
-    steps: int = Field(default=400, gt=0)
+    steps: int | None = Field(default=None, gt=0, description="optimiser steps; default 400, or what epochs come to")
+    epochs: float | None = Field(default=None, gt=0, description="rounds over the unlabelled tiles, instead of steps")
     seed: int = Field(default=0, ge=0)
-    method: Literal["supervised", "fixmatch"] = "fixmatch"
-    targets: Literal["cached", "none"] = "cached"
+    method: Literal["supervised", "fixmatch", "unimatch"] = "fixmatch"
+    targets: str = Field(default="cached", pattern=_TARGETS)
     crop_px: int = Field(default=128, gt=0)
     batch: BatchConfig = BatchConfig()
     student: StudentConfig = StudentConfig()
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
     augment: AugmentConfig = AugmentConfig()
+    supervised: SupervisedConfig = SupervisedConfig()
     threshold: float = Field(default=0.95, ge=0, le=1, description="confidence above which a pseudo-label counts")
     unlabeled_weight: float = Field(default=1.0, ge=0)
     distill: DistillConfig | None = DistillConfig()
     fuse: FuseConfig | None = FuseConfig()
+    privileged: PrivilegedConfig | None = None
+    probe: ProbeConfig | None = None
+    objective: Literal["sum", "mean"] = Field(
+        default="sum", description="of the weighted terms: labelled, unlabelled, distillation (RS-MTDF: mean)"
+    )
     teachers: tuple[str, ...] = Field(
         default=(), description="--teacher of `cache build`: what a store of this recipe holds; reads no teacher"
     )
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool = Field(default=False, description="torch.compile of the student")
+    channels_last: bool = Field(default=False, description="memory format of images and convolutions")
     checkpoint_every: int = Field(default=200, gt=0)
+    validation: ValidationConfig = ValidationConfig()
+    drift_every: int = Field(
+        default=0, ge=0, description="steps between two comparisons of stored targets with the live teacher; 0: never"
+    )
 
     @field_validator("labeled", mode="before")
     @classmethod
@@ -203,7 +113,7 @@ class Recipe(_Config):
     def _student_by_name(cls, value: object) -> object:
         return {"encoder": value} if isinstance(value, str) else value
 
-    @field_validator("distill", "fuse", mode="before")
+    @field_validator("distill", "fuse", "privileged", "probe", mode="before")
     @classmethod
     def _on_or_off(cls, value: object) -> object:
         if value is True:
@@ -216,21 +126,68 @@ class Recipe(_Config):
         """``targets: none`` turns distillation off, and without distillation there is nothing to fuse."""
         if isinstance(data, dict):
             data = dict(data)
+            if data.get("steps") is None and data.get("epochs") is None:
+                data["steps"] = _STEPS
             if data.get("targets") == "none":
                 data["distill"] = None
             if "distill" in data and data["distill"] in (False, None):
                 data["fuse"] = None
+                if data.get("probe") in (False, None):
+                    data["targets"] = "none"
         return data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.method == "fixmatch" and self.batch.unlabeled == 0:
-            raise ValueError("method fixmatch needs batch.unlabeled > 0")
+        if self.method != "supervised" and self.batch.unlabeled == 0:
+            raise ValueError(f"method {self.method} needs batch.unlabeled > 0")
+        if self.augment.geometry == "native" and self.targets not in ("online", "none"):
+            raise ValueError(
+                f"augment.geometry native cuts crops that no stored feature fits; targets {self.targets} needs lattice"
+            )
+        if self.privileged is not None and (self.fuse is None or self.method == "supervised"):
+            raise ValueError("privileged pseudo-labels need fuse, and a method with pseudo-labels")
+        if self.probe is not None and self.method == "supervised":
+            raise ValueError("probe labels unlabelled crops; method supervised has none")
+        for name in ("privileged", "probe"):
+            if getattr(self, name) is not None and self.targets in ("online", "none"):
+                raise ValueError(f"{name} reads stored features; targets {self.targets} has none")
         return self
 
+    @property
+    def online_share(self) -> float:
+        """Return the probability that a step's targets come from live teachers."""
+        if self.targets.startswith("mixed"):
+            return float(self.targets[len("mixed(") : -1])
+        return 1.0 if self.targets == "online" else 0.0
+
+    @property
+    def total_steps(self) -> int:
+        """Return the number of optimiser steps. Raises ``ValueError`` for epochs that ``resolved`` has not counted."""
+        if self.steps is None:
+            raise ValueError("epochs are not counted yet; call resolved(tiles)")
+        return self.steps
+
+    def resolved(self, unlabeled_tiles: int) -> Recipe:
+        """Return the recipe with its number of steps: an epoch is one round over the unlabelled tiles (whole batches).
+
+        Supervised training counts rounds over the labelled tiles; the caller gives their number. Raises ``UsageError``
+        when the recipe says another number of steps.
+        """
+        if self.epochs is None:
+            return self
+        size = self.batch.labeled if self.method == "supervised" else self.batch.unlabeled
+        steps = max(1, round(self.epochs * max(1, unlabeled_tiles // size)))
+        if self.steps not in (None, steps):
+            raise UsageError(
+                f"recipe {self.name}: epochs {self.epochs:g} of {unlabeled_tiles} tiles are {steps} steps, and steps "
+                f"says {self.steps}; write one of them"
+            )
+        return self.model_copy(update={"steps": steps})
+
     def without_distillation(self) -> Recipe:
-        """Return the paired baseline: the same recipe with neither distillation nor fusion."""
-        return self.model_copy(update={"distill": None, "fuse": None, "targets": "none"})
+        """Return the paired baseline: the same recipe with no teacher in any form."""
+        off = {"distill": None, "fuse": None, "privileged": None, "probe": None}
+        return self.model_copy(update={**off, "targets": "none"})
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML text that ``load_recipe`` reads back to an equal value."""
@@ -246,11 +203,44 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     data = read_yaml(path, "recipe")
     for item in overrides:
         _override(data, item)
+    data = _over_preset(data, f"recipe {path}")
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         lines = "\n".join(f"  {line}" for line in _explain(error))
         raise UsageError(f"recipe {path}:\n{lines}") from None
+
+
+def preset_names() -> list[str]:
+    """Return the names of the bundled presets."""
+    return sorted(f.name.removesuffix(".yaml") for f in _presets().iterdir() if f.name.endswith(".yaml"))
+
+
+def _presets() -> Traversable:
+    return files("rsmtdf_train").joinpath("presets")
+
+
+def _over_preset(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return ``data`` laid over the preset it names, key by key in its sections; presets may name one themselves."""
+    name = data.pop("preset", None)
+    if name is None:
+        return data
+    if name not in preset_names():
+        raise UsageError(
+            f"{where}: preset {name!r} is unknown.{did_you_mean(str(name), preset_names())} "
+            f"Known: {', '.join(preset_names())}"
+        )
+    below = yaml.safe_load(_presets().joinpath(f"{name}.yaml").read_text())
+    return _merged(_over_preset(below, f"preset {name}"), data)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        there = result.get(key)
+        # patterns of keys belong together: a recipe's own weights replace the preset's, they do not join them
+        result[key] = {**there, **value} if isinstance(there, dict) and isinstance(value, dict) else value
+    return result
 
 
 def _override(data: dict[str, Any], item: str) -> None:
@@ -290,9 +280,5 @@ def _explain(error: ValidationError) -> Iterator[str]:
 
 
 def _keys_at(path: Sequence[str]) -> Mapping[str, Any]:
-    sections: dict[str, type[BaseModel]] = {
-        "student": StudentConfig, "batch": BatchConfig, "optim": OptimConfig, "ema": EmaConfig,
-        "augment": AugmentConfig, "distill": DistillConfig, "fuse": FuseConfig,
-    }  # fmt: skip
-    section = sections.get(path[0]) if path else Recipe
+    section = SECTIONS.get(path[0]) if path else Recipe
     return section.model_fields if section is not None else {}

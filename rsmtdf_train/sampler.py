@@ -23,7 +23,7 @@ from rsmtdf_train.augment import (
     draw_cutmix_box,
     draw_photometric,
 )
-from rsmtdf_train.recipe import AugmentConfig
+from rsmtdf_train.sections import AugmentConfig
 
 __all__ = [
     "DEFAULT_LATTICE_PX",

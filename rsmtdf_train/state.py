@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from rsmtdf_train.fusion import FusedStudent, TargetShape, build_fused_student
-from rsmtdf_train.recipe import OptimConfig, Recipe
+from rsmtdf_train.recipe import Recipe
+from rsmtdf_train.sections import OptimConfig
 
 __all__ = ["TrainState", "build_state", "learning_rates", "lr_factor", "set_learning_rates", "update_ema"]
 

@@ -46,7 +46,7 @@ def train_step(
     if batch.step != state.step:
         raise ValueError(f"batch of step {batch.step} at step {state.step}")
     torch.manual_seed(step_seed(recipe.seed, state.step))
-    lr = set_learning_rates(state.optimizer, recipe.optim, state.step, recipe.steps)
+    lr = set_learning_rates(state.optimizer, recipe.optim, state.step, recipe.total_steps)
     weights = term_weights(recipe, state.step)
     logs: dict[str, Tensor | float] = {}
     loss_labeled: Tensor | None = None

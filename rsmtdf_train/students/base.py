@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rsmtdf_cache.errors import UsageError
 from rsmtdf_train.alignment import Grid
-from rsmtdf_train.recipe import StudentConfig
+from rsmtdf_train.sections import StudentConfig
 
 __all__ = ["Decoder", "Encoder", "MapSpec", "Student", "build_student"]
 

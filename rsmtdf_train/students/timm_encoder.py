@@ -16,7 +16,7 @@ from torch import Tensor
 from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError, did_you_mean
 from rsmtdf_cache.positions import use_positions
 from rsmtdf_cache.receptive import map_geometry, meta_copy
-from rsmtdf_train.recipe import StudentConfig
+from rsmtdf_train.sections import StudentConfig
 from rsmtdf_train.students.base import Encoder, MapSpec
 
 __all__ = ["StageEncoder", "TokenEncoder", "load_encoder", "resolve_name"]

@@ -22,7 +22,7 @@ from rsmtdf_cache import teachers
 from rsmtdf_cache.teachers._dense import DenseTeacher
 from rsmtdf_cache.teachers.base import TeacherRequest
 from rsmtdf_cache.views import view_specs
-from rsmtdf_train.recipe import StudentConfig
+from rsmtdf_train.sections import StudentConfig
 from rsmtdf_train.students.base import Student, build_student
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "forward_seed7.json"

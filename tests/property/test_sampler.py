@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsmtdf_cache.errors import UsageError
-from rsmtdf_train.recipe import AugmentConfig
 from rsmtdf_train.sampler import LABELED, UNLABELED, Geometry, Stream
+from rsmtdf_train.sections import AugmentConfig
 
 GEOMETRY = Geometry(tile_px=256, crop_px=128)
 

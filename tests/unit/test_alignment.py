@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsmtdf_train.alignment import Grid, resample, resample_matrix
-from rsmtdf_train.recipe import StudentConfig
+from rsmtdf_train.sections import StudentConfig
 from rsmtdf_train.students.base import build_student
 
 strides = st.sampled_from([4.0, 8.0, 16.0, 32.0])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as tv
 
 from rsmtdf_train.augment import NO_PHOTOMETRY, PhotometricParameters, draw_photometric, photometric, shift_hue
-from rsmtdf_train.recipe import AugmentConfig
+from rsmtdf_train.sections import AugmentConfig
 
 
 def image(side: int = 24) -> torch.Tensor:

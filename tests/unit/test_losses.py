@@ -9,8 +9,9 @@ import torch
 
 from rsmtdf_train.losses import distillation, pseudo_label_loss, supervised_loss
 from rsmtdf_train.objective import combine, distill_term, key_weight, term_weights
-from rsmtdf_train.recipe import DistillConfig, Recipe
+from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sample import Targets
+from rsmtdf_train.sections import DistillConfig
 
 IGNORE = 255
 

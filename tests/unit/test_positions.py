@@ -19,7 +19,7 @@ from rsmtdf_cache.positions import PositionRule, resample_positions, use_positio
 from rsmtdf_cache.request import parse_teacher
 from rsmtdf_cache.teachers.base import Teacher, TeacherRequest
 from rsmtdf_cache.teachers.clip import ClipTeacher
-from rsmtdf_train.recipe import StudentConfig
+from rsmtdf_train.sections import StudentConfig
 from rsmtdf_train.students.base import build_student
 
 pytestmark = pytest.mark.usefixtures("one_thread")

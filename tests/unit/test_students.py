@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError
-from rsmtdf_train.recipe import StudentConfig
+from rsmtdf_train.sections import StudentConfig
 from rsmtdf_train.students.base import MapSpec, build_student
 from rsmtdf_train.students.dpt import DptDecoder, _FusionBlock, _ResidualUnit
 from rsmtdf_train.students.timm_encoder import resolve_name

@@ -1,0 +1,1 @@
+"""Recipes to start from: one YAML file each, named in a recipe by ``preset``."""
