@@ -24,9 +24,11 @@ class _Entry(NamedTuple):
 COMMANDS: dict[str, _Entry] = {
     "data": _Entry("data", "app", "Make and check datasets; `data sample` builds the land-cover set."),
     "cache": _Entry("cache", "app", "Build, describe and verify stores of teacher features."),
+    "select": _Entry("select", "select", "Choose the tiles worth labelling from stored features."),
     "train": _Entry("train", "app", "Train a student from a recipe, with or without cached features."),
     "eval": _Entry("evaluate", "evaluate", "Score a run on held-out tiles."),
     "predict": _Entry("predict", "predict", "Segment images with a run."),
+    "report": _Entry("report", "report", "Write one HTML page on runs: scores, differences, curves, pictures."),
     "bench": _Entry("bench", "app", "Reproduce the tables of the README; measure reading and building."),
     "version": _Entry("version", "version", "Print the versions of rsmtdf and of what it stands on."),
 }

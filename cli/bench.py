@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rsmtdf_cli.accuracy import accuracy
+from rsmtdf_cli.bench_select import bench_select
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, message, new_app, progress
 
 if TYPE_CHECKING:
     from rsmtdf_cache.sources import TileSource
     from rsmtdf_train.compare import Comparison
 
-__all__ = ["app", "sample", "store"]
+__all__ = ["app", "default_jobs", "sample", "store"]
 
 app = new_app("Reproduce the tables of the README; measure building and reading.")
+app.command("accuracy")(accuracy)
+app.command("select")(bench_select)
 
 #: On 4 test tiles only, so its IoU is mostly chance; the table gives the mean with and without it.
 _RARE = ("snow_ice",)
@@ -63,7 +67,7 @@ def sample(
             out,
             features,
             seeds=range(seeds),
-            jobs=jobs or _default_jobs(),
+            jobs=jobs or default_jobs(),
             without=_RARE,
             context=context(),
             on_event=on_event,
@@ -121,7 +125,8 @@ def store(
     console().print(table)
 
 
-def _default_jobs() -> int:
+def default_jobs() -> int:
+    """Return how many runs to train side by side: one for each CPU core, one with a GPU."""
     import os
 
     import torch

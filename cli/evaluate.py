@@ -37,8 +37,9 @@ def evaluate(
     from rsmtdf_cache.sources import open_source
     from rsmtdf_cli.training import show_metrics
     from rsmtdf_train.checkpoint import CHECKPOINT_KINDS, RunFolder, load_deployed
+    from rsmtdf_train.devices import pick_device
     from rsmtdf_train.evaluate import evaluate as score
-    from rsmtdf_train.loop import pick_device, scores_to_json
+    from rsmtdf_train.results import scores_to_json
 
     chosen = pick_device(device)
     kinds = CHECKPOINT_KINDS if checkpoint is _Choice.BOTH else (checkpoint.value,)

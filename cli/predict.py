@@ -30,7 +30,7 @@ def predict(
 ) -> None:
     """Segment images: STEM_mask.png holds class numbers (with the classes' palette), STEM_overlay.png is for eyes."""
     from rsmtdf_train.checkpoint import RunFolder, load_deployed
-    from rsmtdf_train.loop import pick_device
+    from rsmtdf_train.devices import pick_device
     from rsmtdf_train.predict import predict_files
 
     chosen = pick_device(device)

@@ -78,23 +78,27 @@ def train(
     continues reads the snapshot it began with, also when the store has grown since.
     """
     from rsmtdf_cache.errors import UsageError
-    from rsmtdf_cli.training import show_metrics, training_progress
+    from rsmtdf_cache.events import ignore_events
+    from rsmtdf_cli.training import one_voice, show_metrics, training_progress
     from rsmtdf_train.recipe import load_recipe
 
     asked = load_recipe(recipe, set_ or [])
     chosen = asked.without_distillation() if no_distill else asked
-    if chosen.distill is not None and use_cache is None:
+    if chosen.targets not in ("none", "online") and use_cache is None:
         raise UsageError(_store_missing(recipe, chosen))
     if pin and use_cache is None:
         raise UsageError("--pin keeps the store of --use-cache; give both")
     folder = out if out is not None else Path("runs") / f"{chosen.name}-s{chosen.seed}"
-    with training_progress(quiet) as sink:
+    with one_voice() as speaks, training_progress(quiet or not speaks) as shown:
+        sink = shown if speaks else ignore_events
         store = use_cache
-        if use_cache == AUTO:
-            store = _found(asked, folder, sink, quiet)  # by the recipe with its teachers: both arms find one store
+        if use_cache == AUTO:  # by the recipe with its teachers: both arms find one store
+            store = _found(asked, folder, sink, quiet or not speaks)
         from rsmtdf_train.loop import train as run_training
 
         result = run_training(chosen, folder, store, pin=pin, device=device, on_event=sink, tensorboard=tensorboard)
+    if not speaks:
+        return
     if not quiet and result.resumed_at == result.steps:
         message(f"{folder} is complete already ({result.steps} steps)", kind="note")
     if json:

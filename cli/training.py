@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rsmtdf_cache.errors import Interrupted, RsmtdfError
 from rsmtdf_cli.console import console, message, progress
 
 if TYPE_CHECKING:
@@ -16,12 +18,31 @@ if TYPE_CHECKING:
     from rsmtdf_cache.events import Event
     from rsmtdf_train.logs import StepLogged
 
-__all__ = ["show_metrics", "training_progress"]
+__all__ = ["one_voice", "show_metrics", "training_progress"]
 
 #: Smoothing of the numbers that are shown; the log holds them as they are.
 _MEMORY = 0.9
 
 _SHOWN = ("loss", "loss_labeled", "loss_unlabeled", "loss_distill", "mask_ratio", "lr")
+
+
+@contextmanager
+def one_voice() -> Iterator[bool]:
+    """Yield whether this process speaks: of several that ``torchrun`` started the first one does.
+
+    Another one ends silently where all of them stop, and says which one it is where an error may be its own alone.
+    """
+    rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    if not (rank.isdecimal() and count.isdecimal()) or int(rank) == 0:
+        yield True
+        return
+    try:
+        yield False
+    except Interrupted as error:
+        raise SystemExit(error.exit_code) from None
+    except RsmtdfError as error:
+        error.args = (f"process {rank} (of 0 to {int(count) - 1}): {error}",)
+        raise
 
 
 @contextmanager

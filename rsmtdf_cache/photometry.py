@@ -10,7 +10,7 @@ Values are 0..255 throughout; each step ends with a clip to that range, the last
 6. blur: Gaussian of ``blur_px`` (sigma, in tile pixels), rows, then columns; taps up to ``ceil(3 sigma)`` each way, as
    integers of 1/65536, borders mirrored without the border pixel.
 
-The formulas are those of the trainer's strong view (``rsmtdf_train/augment.py``, in torch and a drawn order; a test
+The formulas are those of the trainer's strong view (``rsmtdf_train/photometry.py``, in torch and a drawn order; a test
 holds the two together). They are written again because a store must not depend on the kernels of a torch release:
 sums, means and ``exp`` that libraries may round differently are taken in integers here.
 """

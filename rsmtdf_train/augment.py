@@ -1,7 +1,7 @@
-"""What changes a crop after its geometry: photometry for the strong view, CutMix for pixels and for features.
+"""CutMix of pixels and of features, and which tokens of a crop count. Colours are changed in ``photometry.py``.
 
-Parameters are drawn apart from being applied, so that they are values: a function of seed and position
-(``sampler.py``), the same in every arm of an experiment.
+Boxes are drawn apart from being applied, so that they are values: a function of seed and position (``sampler.py``),
+the same in every arm of an experiment.
 
 Shape legend: B batch, H W crop in pixels, h w tokens of a crop, D channels of a teacher layer.
 """
@@ -10,28 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 from rsmtdf_train.sample import Targets
-from rsmtdf_train.sections import AugmentConfig
 
 __all__ = [
     "CutMixBox",
     "NO_CUTMIX",
-    "NO_PHOTOMETRY",
-    "PhotometricParameters",
     "cutmix",
     "cutmix_targets",
     "draw_cutmix_box",
-    "draw_photometric",
-    "photometric",
-    "shift_hue",
     "token_cells",
     "token_weights",
 ]
@@ -43,88 +35,6 @@ NO_CUTMIX: CutMixBox = (0, 0, 0, 0)
 
 _AREA = (0.02, 0.4)
 _ASPECT = (0.3, 1 / 0.3)
-_SIGMA_PX = (0.1, 2.0)
-
-
-@dataclass(frozen=True)
-class PhotometricParameters:
-    """One strong view. Factors of 1, a hue shift of 0, no grey and a blur of 0 px leave the image as it is."""
-
-    brightness: float = 1.0
-    contrast: float = 1.0
-    saturation: float = 1.0
-    hue: float = 0.0  # in turns of the colour circle, -0.5..0.5
-    order: tuple[int, int, int, int] = (0, 1, 2, 3)  # brightness, contrast, saturation, hue
-    gray: bool = False
-    blur_sigma_px: float = 0.0
-
-
-NO_PHOTOMETRY = PhotometricParameters()
-
-
-def draw_photometric(rng: np.random.Generator, config: AugmentConfig) -> PhotometricParameters:
-    """Return the parameters of one strong view, drawn from ``rng``.
-
-    Colour jitter with factors ``1 ± jitter`` and hue ``± jitter / 2`` in a drawn order, grey, Gaussian blur with sigma
-    0.1 to 2 px: the strong view of FixMatch for segmentation (RS-MTDF, augmentation). The number of draws does not
-    depend on ``config``, so two recipes that differ in one probability share all other draws.
-    """
-    jitter_u, gray_u, blur_u, sigma_u = rng.random(4)
-    brightness, contrast, saturation, hue = rng.uniform(-1.0, 1.0, 4) * config.jitter
-    a, b, c, d = (int(k) for k in rng.permutation(4))
-    jittered = jitter_u < config.jitter_p and config.jitter > 0
-    return PhotometricParameters(
-        brightness=float(1 + brightness) if jittered else 1.0,
-        contrast=float(1 + contrast) if jittered else 1.0,
-        saturation=float(1 + saturation) if jittered else 1.0,
-        hue=float(hue / 2) if jittered else 0.0,
-        order=(a, b, c, d),
-        gray=bool(gray_u < config.gray_p),
-        blur_sigma_px=float(_SIGMA_PX[0] + sigma_u * (_SIGMA_PX[1] - _SIGMA_PX[0])) if blur_u < config.blur_p else 0.0,
-    )
-
-
-def photometric(image_3HW: Tensor, parameters: PhotometricParameters) -> Tensor:
-    """Return the strong view of ``image_3HW``: ``[3, H, W]`` float in 0..1, as the input is. No pixel moves."""
-    image = image_3HW
-    for operation in parameters.order:
-        if operation == 0 and parameters.brightness != 1:
-            image = tv.adjust_brightness(image, parameters.brightness)
-        elif operation == 1 and parameters.contrast != 1:
-            image = tv.adjust_contrast(image, parameters.contrast)
-        elif operation == 2 and parameters.saturation != 1:
-            image = tv.adjust_saturation(image, parameters.saturation)
-        elif operation == 3 and parameters.hue != 0:
-            image = shift_hue(image, parameters.hue)
-    if parameters.gray:
-        image = tv.rgb_to_grayscale(image, num_output_channels=3)
-    if parameters.blur_sigma_px > 0:
-        sigma = parameters.blur_sigma_px
-        # Three sigma each way, but reflection padding cannot be wider than the image. Two 1-d passes cost 2k, not k².
-        radius = min(math.ceil(3 * sigma), min(image.shape[-2:]) - 1)
-        width = 2 * radius + 1
-        image = tv.gaussian_blur(tv.gaussian_blur(image, [width, 1], [sigma, sigma]), [1, width], [sigma, sigma])
-    return image.clamp(0, 1)
-
-
-def shift_hue(image_3HW: Tensor, turns: float) -> Tensor:
-    """Return ``image_3HW`` (RGB in 0..1) with its hue moved by ``turns`` of the colour circle.
-
-    Same values as torchvision's ``adjust_hue`` (a test compares them) in a third of the time; that was the largest
-    single cost of a batch. Channel ``n`` of a colour with value V, chroma C and hue h (in sixths) is
-    ``V - C * clip(min(k, 4 - k), 0, 1)`` with ``k = (n + h) mod 6`` and n = 5, 3, 1 for red, green, blue.
-    """
-    red, green, blue = image_3HW.unbind(0)
-    value = image_3HW.amax(0)
-    chroma = value - image_3HW.amin(0)
-    divisor = torch.where(chroma > 0, chroma, 1.0)
-    hue = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
-    k = (torch.tensor([5.0, 3.0, 1.0], device=hue.device)[:, None, None] + (hue + 6 * turns)).remainder_(6)
-    return value - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma)
 
 
 def draw_cutmix_box(rng: np.random.Generator, p: float, crop_px: int) -> CutMixBox:

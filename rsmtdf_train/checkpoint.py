@@ -9,6 +9,8 @@
     RUN/checkpoints/last.pt               everything mutable; read with ``weights_only=True``
     RUN/checkpoints/student.safetensors   the deployed student after the last step, described by its own header
     RUN/checkpoints/ema.safetensors       its moving average
+    RUN/checkpoints/best.safetensors      the one that scored best on the validation split (``validation.keep: best``)
+    RUN/validation.jsonl                  one object per score on the validation split
     RUN/pictures/  RUN/tensorboard/
 """
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ from rsmtdf_cache.errors import DataError, MismatchError, UsageError
 from rsmtdf_cache.files import replace_file
 from rsmtdf_cache.sources.base import ClassInfo
 from rsmtdf_cache.specs import differing_fields
-from rsmtdf_train.fusion import FusedStudent, TargetShape, build_fused_student
+from rsmtdf_train.fused_student import FusedStudent, build_fused_student
+from rsmtdf_train.fusion import TargetShape
 from rsmtdf_train.recipe import Recipe, load_recipe
-from rsmtdf_train.state import TrainState
+from rsmtdf_train.state import Best, TrainState
 
 __all__ = [
     "CHECKPOINT_KINDS",
@@ -43,7 +46,7 @@ __all__ = [
 
 FORMAT = 1
 
-#: What can be scored and deployed, in the order it is reported.
+#: What every run can score and deploy, in the order it is reported.
 CHECKPOINT_KINDS = ("ema", "student")
 
 
@@ -66,6 +69,10 @@ class RunFolder:
         return self.root / "log.jsonl"
 
     @property
+    def validation(self) -> Path:
+        return self.root / "validation.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -82,7 +89,7 @@ class RunFolder:
         return self.root / "tensorboard"
 
     def deployed(self, kind: str) -> Path:
-        """Return the path of the deployed ``student`` or ``ema``."""
+        """Return the path of the deployed ``student``, ``ema`` or ``best``."""
         return self.checkpoints / f"{kind}.safetensors"
 
     def load_recipe(self) -> Recipe:
@@ -101,6 +108,7 @@ class RunIdentity:
     classes: tuple[ClassInfo, ...]
     ignore_index: int
     targets: tuple[TargetShape, ...]
+    teachers: tuple[tuple[str, str], ...] = ()  # names and weights digests of live teachers
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data that ``from_json`` reads back to an equal value."""
@@ -111,6 +119,7 @@ class RunIdentity:
             "classes": [{"name": c.name, "color": list(c.color)} for c in self.classes],
             "ignore_index": self.ignore_index,
             "targets": [vars(t) for t in self.targets],
+            **({"teachers": dict(self.teachers)} if self.teachers else {}),
         }
 
     @classmethod
@@ -125,6 +134,7 @@ class RunIdentity:
             classes=classes,
             ignore_index=data["ignore_index"],
             targets=tuple(TargetShape(**t) for t in data["targets"]),
+            teachers=tuple(sorted(data.get("teachers", {}).items())),
         )
 
     def require_same(self, other: RunIdentity, where: Path) -> None:
@@ -149,6 +159,9 @@ def save_checkpoint(folder: RunFolder, identity: RunIdentity, state: TrainState)
             "student": state.student.state_dict(),
             "ema": state.ema.state_dict(),
             "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "best": asdict(state.best),
+            "stopped": state.stopped,
         },
         buffer,
     )
@@ -178,6 +191,9 @@ def load_checkpoint(folder: RunFolder, identity: RunIdentity, state: TrainState)
         state.student.load_state_dict(data["student"], strict=True)
         state.ema.load_state_dict(data["ema"], strict=True)
         state.optimizer.load_state_dict(data["optimizer"])
+        state.scaler.load_state_dict(data.get("scaler", {}))
+        state.best = Best(**data.get("best", {}))  # checkpoints of earlier versions have none
+        state.stopped = bool(data.get("stopped", False))
         state.step = int(data["step"])
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise DataError(damaged.format(_first_line(error))) from None
@@ -194,7 +210,7 @@ def save_deployed(path: Path, model: FusedStudent, identity: RunIdentity, kind: 
 
 
 def load_deployed(folder: RunFolder, kind: str, device: torch.device) -> tuple[FusedStudent, RunIdentity]:
-    """Return the deployed ``student`` or ``ema`` of a run in eval mode, and what it is.
+    """Return the deployed ``student``, ``ema`` or ``best`` of a run in eval mode, and what it is.
 
     Needs neither the dataset nor the store. Raises ``UsageError`` for a folder without it, ``DataError`` for a
     damaged file.

@@ -13,17 +13,14 @@ from typing import Any
 from rsmtdf_cache.errors import DataError, UsageError
 from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.files import replace_file
+from rsmtdf_train.arms import ARMS, arm_recipe
 from rsmtdf_train.jobs import TrainingJob, run_jobs
 from rsmtdf_train.recipe import Recipe
 
-__all__ = ["ARMS", "ArmRow", "Comparison", "Difference", "arm_recipe", "compare_arms", "paired_difference"]
+__all__ = ["ArmRow", "Comparison", "DEFAULT_ARMS", "Difference", "compare_arms", "compare_recipes", "paired_difference"]
 
-#: Arm → what it is, in words for tables.
-ARMS: dict[str, str] = {
-    "supervised": "supervised only",
-    "fixmatch": "FixMatch",
-    "cached": "FixMatch + cached teachers",
-}
+#: What is compared unless other arms are named.
+DEFAULT_ARMS = ("supervised", "fixmatch", "preset")
 
 #: Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond the table the last one (wider).
 _T95 = (
@@ -85,18 +82,6 @@ class Comparison:
         return data
 
 
-def arm_recipe(recipe: Recipe, arm: str) -> Recipe:
-    """Return ``recipe`` as the arm called ``arm`` trains it; all else is equal. Raises ``UsageError``."""
-    if arm not in ARMS:
-        raise UsageError(f"arm {arm!r}: choose from {', '.join(ARMS)}")
-    if arm == "cached":
-        if recipe.distill is None:
-            raise UsageError(f"recipe {recipe.name!r} has distill: false; the arm 'cached' needs it on")
-        return recipe
-    plain = recipe.without_distillation()
-    return plain.model_copy(update={"method": "supervised"}) if arm == "supervised" else plain
-
-
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
     """Return mean and 95 % t-interval of ``values[i] - baseline[i]``; pairs share a seed."""
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
@@ -114,7 +99,7 @@ def compare_arms(
     store_path: Path,
     *,
     seeds: Sequence[int] = (0,),
-    arms: Sequence[str] = tuple(ARMS),
+    arms: Sequence[str] = DEFAULT_ARMS,
     baseline: str = "fixmatch",
     jobs: int = 1,
     device: str | None = None,
@@ -122,25 +107,67 @@ def compare_arms(
     without: Sequence[str] = (),
     context: Mapping[str, object] | None = None,
     on_event: EventSink = ignore_events,
+    random_store: Path | None = None,
 ) -> Comparison:
     """Train ``arms`` x ``seeds`` of ``recipe``, ``jobs`` at a time, and return their scores on ``recipe.eval_split``.
 
     Runs lie in ``out/runs/ARM-seedN``; finished ones are kept, stopped ones continue. Every arm reads the geometry of
-    ``store_path``, so crops and orientations are paired. ``without``: classes to leave out of a second mean (too rare
-    to score). Writes ``out/comparison.json`` with ``context`` (machine, date, command). Raises what a run raises.
+    ``store_path``, so crops and orientations are paired; arms with random teachers read ``random_store``, built like
+    it. ``without``: classes to leave out of a second mean (too rare to score). Writes ``out/comparison.json`` with
+    ``context`` (machine, date, command). Raises what a run raises.
+    """
+    stores = {arm: random_store if ARMS[arm].random_teachers else store_path for arm in arms if arm in ARMS}
+    lacking = [arm for arm, store in stores.items() if store is None]
+    if lacking:
+        raise UsageError(f"arm {lacking[0]!r} reads a store of teachers with random weights; give one")
+    chosen = {arm: arm_recipe(recipe, arm) for arm in arms}
+    result = compare_recipes(
+        {arm: [one.model_copy(update={"name": f"{recipe.name}-{arm}"})] * len(seeds) for arm, one in chosen.items()},
+        {arm: ARMS[arm].title for arm in arms},
+        out,
+        {arm: store for arm, store in stores.items() if store is not None},
+        seeds=seeds,
+        baseline=baseline,
+        jobs=jobs,
+        device=device,
+        checkpoint=checkpoint,
+        without=without,
+        on_event=on_event,
+    )
+    document = {"context": dict(context or {}), "recipe": recipe.model_dump(mode="json"), **result.to_json()}
+    replace_file(out / "comparison.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    return result
+
+
+def compare_recipes(
+    recipes: Mapping[str, Sequence[Recipe]],
+    titles: Mapping[str, str],
+    out: Path,
+    stores: Mapping[str, Path],
+    *,
+    seeds: Sequence[int],
+    baseline: str,
+    jobs: int = 1,
+    device: str | None = None,
+    checkpoint: str = "ema",
+    without: Sequence[str] = (),
+    on_event: EventSink = ignore_events,
+) -> Comparison:
+    """Train each arm's recipe for each seed (``recipes[arm][i]`` with ``seeds[i]``), and return their scores.
+
+    All recipes score the same split. See ``compare_arms``.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise UsageError(f"seeds {list(seeds)}: give at least one, each once")
-    chosen = {arm: arm_recipe(recipe, arm) for arm in arms}
-    if baseline not in chosen:
-        raise UsageError(f"baseline {baseline!r} is not among the arms {', '.join(chosen)}")
-    runs = {(arm, seed): out / "runs" / f"{arm}-seed{seed}" for seed in seeds for arm in arms}
+    if baseline not in recipes:
+        raise UsageError(f"baseline {baseline!r} is not among the arms {', '.join(recipes)}")
+    runs = {(arm, seed): out / "runs" / f"{arm}-seed{seed}" for seed in seeds for arm in recipes}
     work = [
         TrainingJob(
-            title=f"{ARMS[arm]}, seed {seed}",
-            recipe=chosen[arm].model_copy(update={"seed": seed, "name": f"{recipe.name}-{arm}"}),
+            title=f"{titles[arm]}, seed {seed}",
+            recipe=recipes[arm][seeds.index(seed)].model_copy(update={"seed": seed}),
             out=folder,
-            store=store_path,
+            store=stores[arm],
             device=device,
         )
         for (arm, seed), folder in runs.items()
@@ -150,23 +177,25 @@ def compare_arms(
     scores = {key: _read_scores(folder, checkpoint, without) for key, folder in runs.items()}
     base = [scores[baseline, seed] for seed in seeds]
     rows = tuple(
-        _row(arm, [scores[arm, seed] for seed in seeds], None if arm == baseline else base,
+        _row(arm, titles[arm], [scores[arm, seed] for seed in seeds], None if arm == baseline else base,
              tuple(runs[arm, seed] for seed in seeds))
-        for arm in arms
+        for arm in recipes
     )  # fmt: skip
-    result = Comparison(rows, tuple(seeds), baseline, checkpoint, recipe.eval_split, tuple(without))
-    document = {"context": dict(context or {}), "recipe": recipe.model_dump(mode="json"), **result.to_json()}
-    replace_file(out / "comparison.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
-    return result
+    split = next(iter(recipes.values()))[0].eval_split
+    return Comparison(rows, tuple(seeds), baseline, checkpoint, split, tuple(without))
 
 
 def _row(
-    arm: str, scores: list[tuple[float, float]], base: list[tuple[float, float]] | None, runs: tuple[Path, ...]
+    arm: str,
+    title: str,
+    scores: list[tuple[float, float]],
+    base: list[tuple[float, float]] | None,
+    runs: tuple[Path, ...],
 ) -> ArmRow:
     everything, reduced = ([s[i] for s in scores] for i in (0, 1))
     return ArmRow(
         arm=arm,
-        title=ARMS[arm],
+        title=title,
         miou=tuple(everything),
         mean=statistics.fmean(everything),
         sd=statistics.stdev(everything) if len(everything) > 1 else None,

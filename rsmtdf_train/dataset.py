@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.errors import DataError, MismatchError
 from rsmtdf_cache.sources.base import Tile, TileSource
-from rsmtdf_cache.views import orient
+from rsmtdf_train.geometry import CropGeometry
 from rsmtdf_train.sample import Sample
-from rsmtdf_train.sampler import Draw, Geometry
+from rsmtdf_train.sampler import Draw
 from rsmtdf_train.targets import TargetMode, TargetRequest
 
 __all__ = ["TileDataset"]
@@ -56,7 +56,7 @@ class TileDataset:
         self,
         source: TileSource,
         targets: TargetMode | None,
-        geometry: Geometry,
+        geometry: CropGeometry,
         memory_bytes: int = 2 * 2**30,
         left_out: Collection[str] = (),
     ) -> None:
@@ -104,31 +104,28 @@ class TileDataset:
         """Return the crop that ``draw`` describes (geometry only; photometry and CutMix come with the batch)."""
         return self.samples([draw])[0]
 
-    def samples(self, draws: Sequence[Draw]) -> list[Sample]:
-        """Return the crops of ``draws``, features read together.
+    def samples(self, draws: Sequence[Draw], features: bool = True) -> list[Sample]:
+        """Return the crops of ``draws``, features read together, or without ``features``.
 
         Raises ``TileError`` for a tile that cannot be read, ``MismatchError`` for one whose pixels are not those of
         the store.
         """
-        features: list[dict[str, Codes]] = [{} for _ in draws]
-        if self.targets is not None:
-            requests = [TargetRequest(self._rows[d.tile_id], d.orientation, d.box) for d in draws]
-            features = self.targets.read(requests)
-        return [self._cut(draw, found) for draw, found in zip(draws, features, strict=True)]
+        read: list[dict[str, Codes]] = [{} for _ in draws]
+        if self.targets is not None and features:
+            requests = [TargetRequest(self._rows[d.tile_id], d.orientation, d.box, d.cut.view) for d in draws]
+            read = self.targets.read(requests)
+        return [self._cut(draw, found) for draw, found in zip(draws, read, strict=True)]
 
     def _cut(self, draw: Draw, features: dict[str, Codes]) -> Sample:
-        box = draw.box
-        rows, columns = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
-        image, label = (
-            np.ascontiguousarray(orient(whole, draw.orientation)[rows, columns]) for whole in self._decode(draw.tile_id)
-        )
+        image, label = self._decode(draw.tile_id)
+        crop_px = self.geometry.crop_px
         return Sample(
             tile_id=draw.tile_id,
             row=self._rows[draw.tile_id],
             orientation=draw.orientation,
-            image=image,
-            label=label,
-            valid=np.ones(label.shape, np.bool_),
+            image=draw.cut.image(image, crop_px),
+            label=draw.cut.label(label, crop_px, self.source.ignore_index),
+            valid=draw.cut.valid(len(image), crop_px),
             features=features,
         )
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from rsmtdf_cache.errors import DataError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
 from rsmtdf_cache.sources.base import Tile, TileSource
-from rsmtdf_train.fusion import FusedStudent
+from rsmtdf_train.fused_student import FusedStudent
 from rsmtdf_train.metrics import ConfusionMatrix, Scores
+from rsmtdf_train.processes import Processes
 
 __all__ = ["evaluate"]
 
@@ -29,9 +30,12 @@ def evaluate(
     device: torch.device,
     on_event: EventSink = ignore_events,
     tiles_at_once: int | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Scores]:
     """Return the scores of each of ``models`` (in eval mode) on ``split``; each tile is read once.
 
+    Several processes share the tiles, each tile to one of them, and all return the scores of all tiles: nothing is
+    counted twice to fill a last batch.
     Raises ``DataError`` for an unknown or empty split, a split without labels, or a tile that cannot be read.
     """
     tiles = source.tiles([split])
@@ -40,15 +44,19 @@ def evaluate(
     size = tiles_at_once or max(1, _BATCH_PIXELS // source.tile_px**2)
     names = [c.name for c in source.classes]
     matrices = {kind: ConfusionMatrix(names, source.ignore_index) for kind in models}
+    world = processes or Processes()
+    mine = [t for t in tiles if t.mask is not None][world.rank :: world.count]
     task = f"evaluate {split}"
-    on_event(ProgressStart(task, f"evaluate on {split}", len(tiles)))
-    for images, masks in _batches(source, [t for t in tiles if t.mask is not None], size):
+    on_event(ProgressStart(task, f"evaluate on {split}", len(mine)))
+    for images, masks in _batches(source, mine, size):
         image = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div_(255)
         label = torch.from_numpy(masks).to(device).long()
         for kind, model in models.items():
             matrices[kind].add(model.predict(image).argmax(dim=1), label)
         on_event(Progress(task, len(images)))
     on_event(ProgressEnd(task))
+    for matrix in matrices.values():
+        matrix.counts = world.sum_(matrix.counts, device)
     return {kind: matrix.scores() for kind, matrix in matrices.items()}
 
 
@@ -57,6 +65,8 @@ def _batches(source: TileSource, tiles: list[Tile], size: int) -> Iterator[tuple
         some = tiles[start : start + size]
         return np.stack([source.read_image(t) for t in some]), np.stack([source.read_mask(t) for t in some])
 
+    if not tiles:  # more processes than tiles
+        return
     with ThreadPoolExecutor(1) as pool:  # one batch ahead
         following = pool.submit(read, 0)
         for start in range(0, len(tiles), size):

@@ -16,12 +16,15 @@ from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.request import TeacherAsked, parse_teacher
 from rsmtdf_cache.share.catalogue import check_catalogue, registered_stores
 from rsmtdf_cache.sources import TileSource, open_source
+from rsmtdf_cache.sources.base import Tile
 from rsmtdf_cache.tiles import pixel_digest
 from rsmtdf_cache.views import ORIENTATION_SETS, base_size_px
+from rsmtdf_train.fixed_targets import FixedViewTargets, fixed_view_geometry, fixed_view_specs
+from rsmtdf_train.rebuild import asked_as
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.same_weights import compare_weights, is_teacher, weights_text
 from rsmtdf_train.sections import DistillConfig
-from rsmtdf_train.targets import CachedTargets, asked_as, check_pins, match_keys, store_geometry, target_specs
+from rsmtdf_train.targets import CachedTargets, check_pins, match_keys, store_geometry, target_specs
 
 if TYPE_CHECKING:
     from rsmtdf_cache.specs import FeatureSpec
@@ -31,6 +34,9 @@ __all__ = ["FoundStore", "build_command", "find_store", "how_to_build"]
 
 #: Tiles whose pixels are compared with the store before it is offered; training compares every tile it reads.
 _COMPARED_TILES = 32
+
+#: Fixed views that a build is advised to make for a recipe that trains on some.
+_FIXED_VIEWS = 8
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ def build_command(recipe: Recipe, source: TileSource, append_to: str | None = No
     """
     out = append_to or _new_folder(recipe.data)
     teachers = [f"--teacher {shlex.quote(_completed(text, recipe, source))}" for text in _asked(recipe)]
+    if _wants_fixed_views(recipe) and not any(parse_teacher(text).fixed_views for text in _asked(recipe)):
+        teachers.append(f"--fixed-views {_FIXED_VIEWS}")
     return " ".join(["rsmtdf cache build", shlex.quote(str(recipe.data)), "--out", shlex.quote(out), *teachers])
 
 
@@ -145,14 +153,22 @@ def _judge(store: FeatureStore, recipe: Recipe, source: TileSource) -> tuple[str
     for text in recipe.teachers:
         _judge_teacher(parse_teacher(text), specs)
     distill = recipe.distill or DistillConfig()
+    known_keys = list(fixed_view_specs(store) if _wants_fixed_views(recipe) else stored)
+    if not known_keys:
+        raise _Misfit("holds no fixed views", appendable=True)
     for pattern in distill.keys:
-        if not any(fnmatchcase(key, pattern) for key in stored):
-            raise _Misfit(f"holds no features that match {pattern!r} (it has {_few(list(stored))})", appendable=True)
+        if not any(fnmatchcase(key, pattern) for key in known_keys):
+            raise _Misfit(f"holds no features that match {pattern!r} (it has {_few(known_keys)})", appendable=True)
     if recipe.distill is not None:
         try:
             check_pins(store, recipe.distill.pins)
         except MismatchError as error:
             raise _Misfit("; ".join(line.strip() for line in str(error).splitlines()[1:-1])) from None
+    if _wants_fixed_views(recipe):
+        views = FixedViewTargets(store, distill.keys, fixed_view_geometry(store, recipe.crop_px))
+        for spec in views.arrays():
+            _judge_committed(store, spec, train)
+        return notes
     approximate = recipe.augment.approximate_orientations
     geometry = store_geometry(store, recipe.crop_px, approximate=approximate)
     for key in match_keys(distill.keys, list(stored)):
@@ -162,15 +178,20 @@ def _judge(store: FeatureStore, recipe: Recipe, source: TileSource) -> tuple[str
         for orientation in sorted(frames):
             if orientation not in stored[key]:
                 raise _Misfit(f"{key} is not stored in orientation {orientation}, other features are", appendable=True)
-            rows = store.committed(stored[key][orientation].key)
-            absent = [tile.id for tile in train if not rows[store.tiles.row_of(tile.id)]]
-            if absent:
-                where = str(stored[key][orientation].key)
-                raise _Misfit(
-                    f"{where} lacks {len(absent)} of {len(train)} train tiles ({_few(absent)})", appendable=True
-                )
+            _judge_committed(store, stored[key][orientation], train)
     CachedTargets(store, distill.keys, geometry, approximate)
     return notes
+
+
+def _judge_committed(store: FeatureStore, spec: FeatureSpec, train: Sequence[Tile]) -> None:
+    rows = store.committed(spec.key)
+    absent = [tile.id for tile in train if not rows[store.tiles.row_of(tile.id)]]
+    if absent:
+        raise _Misfit(f"{spec.key} lacks {len(absent)} of {len(train)} train tiles ({_few(absent)})", appendable=True)
+
+
+def _wants_fixed_views(recipe: Recipe) -> bool:
+    return recipe.augment.geometry == "fixed-views"
 
 
 def _judge_weights(recipe: Recipe, specs: Sequence[FeatureSpec]) -> tuple[str, ...]:

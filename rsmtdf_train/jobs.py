@@ -76,7 +76,7 @@ def run_jobs(jobs: Sequence[TrainingJob], at_once: int = 1, on_event: EventSink 
     context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pools
     waiting: list[TrainingJob] = []
     if not all(_complete(job) for job in jobs):  # complete runs need no store
-        waiting = [job for job in _on_one_snapshot(jobs) if not _complete(job)]
+        waiting = [_counted(job) for job in _on_one_snapshot(jobs) if not _complete(job)]
     running: dict[Connection, _Running] = {}
     try:
         while waiting or running:
@@ -109,12 +109,23 @@ def _on_one_snapshot(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
     return [job if job.store is None else replace(job, store=addresses[job.store]) for job in jobs]
 
 
+def _counted(job: TrainingJob) -> TrainingJob:
+    """Return ``job`` with the number of its steps, where its recipe counts in epochs."""
+    if job.recipe.steps is not None:
+        return job
+    from rsmtdf_cache.sources import open_source
+    from rsmtdf_train.run import count_steps
+
+    return replace(job, recipe=count_steps(job.recipe, open_source(job.recipe.data)))
+
+
 def _complete(job: TrainingJob) -> bool:
     """Whether exactly this run is finished. Anything else is for ``train`` to judge: it continues or refuses."""
     try:
         metrics = json.loads((job.out / "metrics.json").read_text())
-        same = load_recipe(job.out / "recipe.yaml") == job.recipe
-        return bool(same and metrics["step"] == job.recipe.total_steps and _reads(job, metrics["store"]))
+        there = load_recipe(job.out / "recipe.yaml")
+        ended = metrics["step"] == there.steps or metrics.get("stopped_early")
+        return bool(job.recipe.is_met_by(there) and ended and _reads(job, metrics["store"]))
     except (OSError, ValueError, KeyError, TypeError, UsageError, DataError):
         return False
 

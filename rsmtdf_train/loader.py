@@ -1,4 +1,7 @@
-"""Batches by step number. Batch ``s`` is a function of recipe, store, data and ``s``, whatever ran before it."""
+"""Batches by step number. Batch ``s`` is a function of recipe, store, data and ``s``, whatever ran before it.
+
+A batch can be made in parts, for processes and for accumulated gradients: together they hold the crops of the whole.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsmtdf_cache.errors import UsageError
+from rsmtdf_cache.errors import DataError, UsageError
+from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.sources.base import TileSource
-from rsmtdf_train.augment import photometric, token_weights
+from rsmtdf_train.augment import CutMixBox, token_weights
 from rsmtdf_train.dataset import TileDataset
+from rsmtdf_train.photometry import PhotometricParameters, Photometry
 from rsmtdf_train.recipe import Recipe
-from rsmtdf_train.sample import Batch, Coded, LabeledBatch, Sample, Targets, UnlabeledBatch
-from rsmtdf_train.sampler import LABELED, UNLABELED, Draw, Geometry, Stream
-from rsmtdf_train.targets import CachedTargets, TargetMode, TargetSpec, store_geometry
+from rsmtdf_train.sample import Batch, Coded, LabeledBatch, Sample, StrongView, Targets, UnlabeledBatch
+from rsmtdf_train.sampler import LABELED, UNLABELED, Draw, Stream
+from rsmtdf_train.targets import TargetMode, TargetSpec
 
 if TYPE_CHECKING:
     from rsmtdf_cache.store import FeatureStore
@@ -35,11 +40,11 @@ class BatchLoader:
         self.threads = max(1, threads)
         self.ahead = max(1, ahead)
         seed, geometry, augment = recipe.seed, dataset.geometry, recipe.augment
-        self.labeled = Stream(dataset.labeled_ids(recipe.labeled), LABELED, seed, geometry, augment)
+        labeled_ids = dataset.labeled_ids(recipe.labeled)
+        self.labeled = Stream(labeled_ids, LABELED, seed, geometry, augment)
         self.unlabeled: Stream | None = None
         if recipe.method != "supervised":
-            # All train tiles, the labelled ones too: FixMatch treats every image as an unlabelled one.
-            self.unlabeled = Stream(dataset.tile_ids, UNLABELED, seed, geometry, augment)
+            self.unlabeled = Stream(_unlabeled_ids(dataset, recipe, labeled_ids), UNLABELED, seed, geometry, augment)
 
     @classmethod
     def open(
@@ -48,23 +53,16 @@ class BatchLoader:
         recipe: Recipe,
         store: FeatureStore | None = None,
         threads: int = 1,
+        *,
         geometry_keys: Sequence[str] = (),
+        device: torch.device | None = None,
+        on_event: EventSink = ignore_events,
     ) -> BatchLoader:
-        """Return the loader of a run.
+        """Return the loader of a run: batches of ``modes.open_dataset``, which says what is raised."""
+        from rsmtdf_train.modes import open_dataset
 
-        With a store, crops lie on the lattice and in the orientations of its features (those that match
-        ``geometry_keys``, default all; or all eight, where the recipe takes approximations) also when ``recipe`` does
-        not distil, so that arms are paired. Raises
-        ``UsageError`` (recipe), ``MismatchError`` (store and dataset), ``DataError`` (dataset).
-        """
-        if store is None:
-            if recipe.distill is not None:
-                raise UsageError("distill with cached targets needs a store: --use-cache STORE, or --no-distill")
-            return cls(TileDataset(source, None, Geometry(source.tile_px, recipe.crop_px)), recipe, threads)
-        approximate = recipe.augment.approximate_orientations
-        geometry = store_geometry(store, recipe.crop_px, geometry_keys, approximate)
-        targets = None if recipe.distill is None else CachedTargets(store, recipe.distill.keys, geometry, approximate)
-        return cls(TileDataset(source, targets, geometry, left_out=store.quarantined), recipe, threads)
+        dataset = open_dataset(source, recipe, store, geometry_keys=geometry_keys, device=device, on_event=on_event)
+        return cls(dataset, recipe, threads)
 
     @property
     def targets(self) -> TargetMode | None:
@@ -80,68 +78,161 @@ class BatchLoader:
     def _specs(self) -> Mapping[str, TargetSpec]:
         return {} if self.targets is None else self.targets.specs
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of ``step`` 0, 1, 2, …, on the CPU."""
+    @property
+    def tiles_per_epoch(self) -> int:
+        """Return how many tiles a round has: the unlabelled ones, or the labelled ones of supervised training."""
+        return len((self.unlabeled or self.labeled).tile_ids)
+
+    def _reads(self, step: int) -> bool:
+        """Return whether the features of ``step`` are needed: live teachers replace them only for distillation."""
+        if self.recipe.privileged is not None or self.recipe.probe is not None:
+            return True
+        return self.targets is not None and not self.targets.is_online(step)
+
+    def check_parts(self, parts: int) -> None:
+        """Raise ``UsageError`` unless a batch can be cut into ``parts`` (processes times accumulated parts)."""
         sizes = self.recipe.batch
-        labeled = self.labeled.draws(step, sizes.labeled)
-        unlabeled = [] if self.unlabeled is None else self.unlabeled.draws(step, sizes.unlabeled)
-        samples = self.dataset.samples([*labeled, *unlabeled])
+        for name, size, unit in (("labeled", sizes.labeled, parts), ("unlabeled", sizes.unlabeled, 2 * parts)):
+            if parts > 1 and size % unit and (name == "labeled" or self.unlabeled is not None):
+                pairs = "" if name == "labeled" else " (of pairs: CutMix takes from the same part)"
+                near = [n for n in (size // unit * unit, (size // unit + 1) * unit) if n > 0]
+                raise UsageError(
+                    f"batch.{name} {size} cannot be cut into {parts} equal parts{pairs}, one for each process and "
+                    f"each of its batch.accumulate; choose {' or '.join(map(str, near))}, or other numbers of parts"
+                )
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """Return the batch of ``step`` 0, 1, 2, …, or part ``part`` of ``parts`` of it, on the CPU.
+
+        In a part, too, the CutMix partner of unlabelled crop ``i`` of ``b`` is crop ``b-1-i``. Raises ``UsageError``
+        for sizes that cannot be cut (``check_parts``).
+        """
+        self.check_parts(parts)
+        sizes = self.recipe.batch
+        labeled = [
+            self.labeled.draw(step * sizes.labeled + i) for i in _places(sizes.labeled, part, parts, paired=False)
+        ]
+        unlabeled: list[Draw] = []
+        if self.unlabeled is not None:
+            places = _places(sizes.unlabeled, part, parts, paired=True)
+            unlabeled = [self.unlabeled.draw(step * sizes.unlabeled + i) for i in places]
+        samples = self.dataset.samples([*labeled, *unlabeled], self._reads(step))
         return Batch(
             step=step,
             labeled=self._labeled(samples[: len(labeled)]),
             unlabeled=self._unlabeled(samples[len(labeled) :], unlabeled) if unlabeled else None,
         )
 
-    def iterate(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
-        """Yield the batches of ``first_step`` up to, not including, ``last_step``, in order.
+    def iterate(
+        self, first_step: int, last_step: int, parts: Sequence[int] = (0,), of: int = 1
+    ) -> Generator[list[Batch], None, None]:
+        """Yield ``parts`` (of ``of``) of the batches of ``first_step`` up to, not including, ``last_step``, in order.
 
-        Up to ``ahead`` batches are prepared meanwhile. An error of a batch is raised at its step. Closing the generator
-        (also by an exception or an interrupt) drops what is waiting and ends the threads.
+        One list for each step. Up to ``ahead`` steps are prepared meanwhile. An error of a batch is raised at its step.
+        Closing the generator (also by an exception or an interrupt) drops what is waiting and ends the threads. Raises
+        ``UsageError`` at once for sizes that cannot be cut.
         """
+        self.check_parts(of)
+        return self._iterate(first_step, last_step, tuple(parts), of)
+
+    def _iterate(
+        self, first_step: int, last_step: int, parts: tuple[int, ...], of: int
+    ) -> Generator[list[Batch], None, None]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="rsmtdf-loader")
-        waiting: deque[Future[Batch]] = deque()
+        waiting: deque[list[Future[Batch]]] = deque()
         step = first_step
         try:
             while step < last_step or waiting:
                 while step < last_step and len(waiting) <= self.ahead:
-                    waiting.append(pool.submit(self.batch, step))
+                    waiting.append([pool.submit(self.batch, step, part, of) for part in parts])
                     step += 1
-                yield waiting.popleft().result()
+                yield [made.result() for made in waiting.popleft()]
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _labeled(self, samples: Sequence[Sample]) -> LabeledBatch:
-        return LabeledBatch(_images(samples), _labels(samples), self.stack_targets(samples))
+        return LabeledBatch(_images(samples), _labels(samples), _valid(samples), self.stack_targets(samples))
 
     def _unlabeled(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> UnlabeledBatch:
-        weak = _images(samples)
+        views = [_view([(draw.photometric, draw.cutmix_box) for draw in draws])]
+        if self.recipe.method == "unimatch" and self.unlabeled is not None:
+            views.append(_view([self.unlabeled.second_view(draw) for draw in draws]))
         return UnlabeledBatch(
-            weak=weak,
-            strong=torch.stack([photometric(x, d.photometric) for x, d in zip(weak, draws, strict=True)]),
-            valid=torch.from_numpy(np.stack([s.valid for s in samples])),
+            image=_images(samples),
+            views=tuple(views),
+            valid=_valid(samples),
             label=_labels(samples),
-            cutmix_boxes=torch.tensor([d.cutmix_box for d in draws], dtype=torch.int64),
             targets=self.stack_targets(samples),
         )
 
     def stack_targets(self, samples: Sequence[Sample]) -> Targets:
-        """Return the codes of the features of ``samples`` and the weights of their tokens; see ``Targets.decoded``."""
+        """Return the codes of the features of ``samples`` and the weights of their tokens; see ``Targets.decoded``.
+
+        Empty where nothing was read, because live teachers make the targets. A token whose cell has an invalid pixel
+        weighs 0, or 1 under ``distill.padding``.
+        """
+        padding = self.recipe.distill is not None and self.recipe.distill.padding
         coded: dict[str, Coded] = {}
         weights: dict[str, Tensor] = {}
         for key, spec in self._specs.items():
-            found = [s.features[key] for s in samples]
+            found = [s.features[key] for s in samples if key in s.features]
+            if len(found) < len(samples):
+                continue
             values = torch.from_numpy(np.stack([codes.values for codes in found]))
             scales = [codes.scale for codes in found if codes.scale is not None]
             grid = (values.shape[1], values.shape[2])
-            weights[key] = torch.from_numpy(np.stack([token_weights(s.valid, grid, spec.offset_px) for s in samples]))
+            if padding:
+                weights[key] = torch.ones(len(samples), *grid)
+            else:
+                own = [token_weights(s.valid, grid, spec.offset_px) for s in samples]
+                weights[key] = torch.from_numpy(np.stack(own))
             coded[key] = Coded(values, torch.from_numpy(np.stack(scales)) if scales else None, spec.decoder)
         return Targets({}, weights, coded)
 
 
+def _unlabeled_ids(dataset: TileDataset, recipe: Recipe, labeled_ids: Sequence[str]) -> list[str]:
+    """Return all train tiles (FixMatch treats labelled images as unlabelled ones, too), or ``rest``."""
+    if recipe.unlabeled == "all":
+        return dataset.tile_ids
+    known = set(labeled_ids)
+    rest = [tile_id for tile_id in dataset.tile_ids if tile_id not in known]
+    if not rest:
+        raise DataError(
+            f"{dataset.source.root}: unlabeled: rest asks for train tiles outside the labelled subset "
+            f"{recipe.labeled!r}, and it holds all {len(known)} of them; choose a smaller labelled subset, "
+            "unlabeled: all, or method: supervised"
+        )
+    return rest
+
+
+def _places(size: int, part: int, parts: int, paired: bool) -> list[int]:
+    """Return which positions of a batch of ``size`` are in a part.
+
+    ``paired``: with a position ``i`` its partner ``size - 1 - i``, mirrored, so that partners lie mirrored in the part.
+    """
+    if not 0 <= part < parts:
+        raise ValueError(f"part {part} of {parts}")
+    if parts == 1:
+        return list(range(size))
+    if not paired:
+        return list(range(part * size // parts, (part + 1) * size // parts))
+    half = size // (2 * parts)
+    first = range(part * half, (part + 1) * half)
+    return [*first, *(size - 1 - i for i in reversed(first))]
+
+
+def _view(drawn: Sequence[tuple[PhotometricParameters, CutMixBox]]) -> StrongView:
+    parameters, boxes = zip(*drawn, strict=True)
+    return StrongView(Photometry(parameters), torch.tensor(boxes, dtype=torch.int64))
+
+
 def _images(samples: Sequence[Sample]) -> Tensor:
-    stacked = torch.from_numpy(np.stack([s.image for s in samples]))
-    return stacked.permute(0, 3, 1, 2).contiguous().float().div_(255)
+    return torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous()
 
 
 def _labels(samples: Sequence[Sample]) -> Tensor:
     return torch.from_numpy(np.stack([s.label for s in samples])).long()
+
+
+def _valid(samples: Sequence[Sample]) -> Tensor:
+    return torch.from_numpy(np.stack([s.valid for s in samples]))

@@ -1,4 +1,4 @@
-"""The loop: open what a run needs, step, log, save, score. A run that stops anywhere continues to the same bits."""
+"""The loop: step, log, save, validate, score. A run that stops anywhere continues to the same bits."""
 
 from __future__ import annotations
 
@@ -7,41 +7,39 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from rsmtdf_cache.errors import DataError, Interrupted, MismatchError, RsmtdfError, UsageError
-from rsmtdf_cache.events import Event, Warned
+from rsmtdf_cache.errors import Interrupted, UsageError
+from rsmtdf_cache.events import Warned
 from rsmtdf_cache.files import replace_file
-from rsmtdf_cache.sources import TileSource, open_source
-from rsmtdf_train.checkpoint import (
-    CHECKPOINT_KINDS,
-    RunFolder,
-    RunIdentity,
-    load_checkpoint,
-    save_checkpoint,
-    save_deployed,
-)
+from rsmtdf_train.checkpoint import CHECKPOINT_KINDS, RunFolder, load_checkpoint, save_checkpoint, save_deployed
+from rsmtdf_train.drift import drawn_tiles
 from rsmtdf_train.evaluate import evaluate
-from rsmtdf_train.fusion import TargetShape
-from rsmtdf_train.loader import BatchLoader
-from rsmtdf_train.logs import LogWriter, StepLogged
-from rsmtdf_train.metrics import Scores
+from rsmtdf_train.fused_student import FusedStudent
+from rsmtdf_train.logs import LogWriter
+from rsmtdf_train.prepare import Part, part_to
+from rsmtdf_train.processes import Processes
 from rsmtdf_train.recipe import Recipe
-from rsmtdf_train.state import TrainState, build_state
-from rsmtdf_train.step import batch_to, train_step
-from rsmtdf_train.targets import check_pins
+from rsmtdf_train.results import scores_to_json
+from rsmtdf_train.run import (
+    Run,
+    StoreGone,
+    TrainSink,
+    check_student,
+    complete_without_store,
+    open_run,
+    record_store,
+    tell_about,
+)
+from rsmtdf_train.state import Best, TrainState, build_state
+from rsmtdf_train.step import train_step
+from rsmtdf_train.validation import validate
+from rsmtdf_train.watch import Watch
 
-if TYPE_CHECKING:
-    from rsmtdf_cache.store import FeatureStore
-
-__all__ = ["Run", "RunResult", "TrainSink", "pick_device", "scores_to_json", "train"]
-
-TrainSink = Callable[[Event | StepLogged], None]
+__all__ = ["RunResult", "train"]
 
 
 @dataclass(frozen=True)
@@ -52,39 +50,6 @@ class RunResult:
     steps: int
     resumed_at: int
     metrics: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that stays the same while a run goes on."""
-
-    identity: RunIdentity
-    folder: RunFolder
-    source: TileSource
-    loader: BatchLoader
-    device: torch.device
-
-
-class _StoreGone(Exception):
-    """The store, or what the run reads of it, cannot be had: no matter to a run that is complete."""
-
-    def __init__(self, address: Path | str, error: RsmtdfError) -> None:
-        super().__init__(str(error))
-        self.address = address
-        self.error = error
-
-
-def pick_device(name: str | None) -> torch.device:
-    """Return the device called ``name``; by default the first GPU, else the CPU. Raises ``UsageError``."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name}: cannot be used here ({reason}); leave it out or use cpu") from None
-    return device
 
 
 def train(
@@ -104,7 +69,7 @@ def train(
     ``store_path``: folder or URL of the store of cached targets, with ``@SNAPSHOT`` or without; given without
     distillation it still decides the geometry of the crops, so that arms are paired. A run that continues reads the
     snapshot it began with. ``pin``: keep that snapshot from being collected as long as the pin in the store, owned by
-    the run's folder, is there.
+    the run's folder, is there. Under ``torchrun`` all processes call this; the first one writes.
     Raises ``UsageError`` (recipe, or targets without a store), ``MismatchError`` (another run, store or dataset),
     ``DataError`` (dataset, damaged checkpoint), ``Interrupted`` after a signal. A loss that is not finite is a
     ``UsageError`` of the recipe.
@@ -113,121 +78,168 @@ def train(
         raise UsageError(
             f"--pin writes into the store, which must be a local folder; --use-cache is {_shown(store_path)}"
         )
+    processes = Processes.join(device)
     try:
-        run, store = _open(recipe, out, store_path, device, threads)
-    except _StoreGone as gone:
-        metrics = None if pin else _complete_without_store(recipe, RunFolder(out), gone.address)
+        return _train(recipe, out, store_path, pin, device, on_event, threads, tensorboard, processes)
+    finally:
+        processes.leave()
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    store_path: Path | str | None,
+    pin: bool,
+    device: str | None,
+    on_event: TrainSink,
+    threads: int,
+    tensorboard: bool,
+    processes: Processes,
+) -> RunResult:
+    if not processes.first:
+        on_event = _silence
+    try:
+        run = open_run(recipe, out, store_path, device, threads, processes, on_event)
+    except StoreGone as gone:
+        metrics = None if pin else complete_without_store(recipe, RunFolder(out), gone.address)
         if metrics is None:
             raise gone.error from None
-        return RunResult(out, recipe.total_steps, recipe.total_steps, metrics)
-    if left_out := run.loader.dataset.left_out:
-        on_event(Warned(f"{len(left_out)} tiles that the store's build could not use are left out of training"))
-    if run.loader.targets is not None and run.loader.targets.approximated:
-        on_event(Warned(_approximations(run.loader.targets.approximated)))
+        return RunResult(out, metrics["step"], metrics["step"], metrics)
+    recipe = run.recipe
+    tell_about(run, on_event)
     state = build_state(recipe, len(run.identity.classes), run.identity.targets, run.device)
-    _check_geometry(recipe, state)
+    check_student(recipe, state)
     load_checkpoint(run.folder, run.identity, state)
+    processes.wait()  # nobody writes before everybody has read
     resumed_at = state.step
-    complete = state.step == recipe.total_steps and run.folder.metrics.is_file()
-    if not complete:
-        replace_file(run.folder.recipe, recipe.to_yaml().encode())  # first: a folder with a recipe is a run
-    if store is not None and store_path is not None:
-        _record_store(run, store, store_path, pin, on_event)
+    complete = _ended(state, recipe) and run.folder.metrics.is_file()
+    if processes.first:
+        if not complete:
+            replace_file(run.folder.recipe, recipe.to_yaml().encode())  # first: a folder with a recipe is a run
+        if run.store is not None and store_path is not None:
+            record_store(run, run.store, store_path, pin, on_event)
     if complete:
-        return RunResult(out, recipe.total_steps, resumed_at, json.loads(run.folder.metrics.read_text()))
-    for folder in (run.folder.checkpoints, run.folder.pictures):
-        folder.mkdir(parents=True, exist_ok=True)
-    if state.step < recipe.total_steps:
-        _steps(run, state, on_event, tensorboard)
-    models = {"student": state.student.eval(), "ema": state.ema}
-    for kind in CHECKPOINT_KINDS:
-        save_deployed(run.folder.deployed(kind), models[kind], run.identity, kind, state.step)
-    scores = evaluate({k: models[k] for k in CHECKPOINT_KINDS}, run.source, recipe.eval_split, run.device, on_event)
-    metrics = scores_to_json(run.identity, recipe.eval_split, scores, state.step)
-    replace_file(run.folder.metrics, (json.dumps(metrics, indent=1) + "\n").encode())
-    return RunResult(out, recipe.total_steps, resumed_at, metrics)
+        return RunResult(out, state.step, resumed_at, json.loads(run.folder.metrics.read_text()))
+    if processes.first:
+        for folder in (run.folder.checkpoints, run.folder.pictures):
+            folder.mkdir(parents=True, exist_ok=True)
+    processes.wait()
+    if not _ended(state, recipe):
+        _steps(_with_probe(run, state, on_event), state, on_event, tensorboard)
+    return RunResult(out, state.step, resumed_at, _finish(run, state, on_event))
 
 
-def scores_to_json(identity: RunIdentity, split: str, scores: dict[str, Scores], step: int) -> dict[str, Any]:
-    """Return what ``metrics.json`` holds: what was scored, on what, and the scores by checkpoint kind.
+def _finish(run: Run, state: TrainState, on_event: TrainSink) -> dict[str, Any]:
+    """Deploy, score and write ``metrics.json``; return what it says."""
+    models: dict[str, FusedStudent] = {"student": state.student.eval(), "ema": state.ema}
+    if run.processes.first:
+        for kind in CHECKPOINT_KINDS:
+            save_deployed(run.folder.deployed(kind), models[kind], run.identity, kind, state.step)
+    run.processes.wait()
+    chosen = {kind: models[kind] for kind in CHECKPOINT_KINDS}
+    if run.recipe.validation.keep == "best":
+        from rsmtdf_train.checkpoint import load_deployed
 
-    ``checkpoint`` and ``miou`` at the top name the deployed choice, the EMA; ``scores`` has both kinds.
-    """
-    recipe = identity.recipe
-    return {
-        "name": recipe.name,
-        "data": str(recipe.data),
-        "split": split,
-        "labeled": recipe.labeled,
-        "seed": recipe.seed,
-        "step": step,
-        "method": recipe.method,
-        "targets": {
-            "mode": recipe.targets,
-            "keys": [t.key for t in identity.targets],
-            **({"approximate_orientations": True} if recipe.augment.approximate_orientations else {}),
-        },
-        "fused": recipe.fuse is not None,
-        "store": identity.snapshot,
-        "checkpoint": "ema",
-        "miou": scores["ema"].miou if "ema" in scores else None,
-        "classes": [c.name for c in identity.classes],
-        "scores": {kind: {"checkpoint": kind, **s.to_json()} for kind, s in scores.items()},
-    }
+        chosen["best"] = load_deployed(run.folder, "best", run.device)[0]
+    scores = evaluate(chosen, run.source, run.recipe.eval_split, run.device, on_event, processes=run.processes)
+    best = None if run.recipe.validation.every == 0 else asdict(state.best)
+    metrics = scores_to_json(run.identity, run.recipe.eval_split, scores, state.step, best, state.stopped)
+    if run.processes.first:
+        replace_file(run.folder.metrics, (json.dumps(metrics, indent=1) + "\n").encode())
+    return metrics
 
 
-def _approximations(approximated: Mapping[str, tuple[int, ...]]) -> str:
-    lines = (f"{key} in orientations {', '.join(map(str, frames))}" for key, frames in approximated.items())
-    return f"approximate_orientations: these features are not stored, turned ones stand for them: {'; '.join(lines)}"
+def _ended(state: TrainState, recipe: Recipe) -> bool:
+    return state.step == recipe.total_steps or state.stopped
 
 
-def _open(
-    recipe: Recipe, out: Path, store_path: Path | str | None, device: str | None, threads: int
-) -> tuple[Run, FeatureStore | None]:
-    folder = RunFolder(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out}: is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()) and not folder.recipe.is_file():
-        raise MismatchError(f"--out {out}: holds something that is no run; give an empty or new folder")
-    chosen = pick_device(device)
-    source = open_source(recipe.data)
-    source.check([recipe.labeled, recipe.eval_split])
-    store: FeatureStore | None = None
-    if store_path is not None:
-        from rsmtdf_train.run_store import open_run_store
+def _with_probe(run: Run, state: TrainState, on_event: TrainSink) -> Run:
+    """Return ``run`` with its probe trained, if pseudo-labels still need one: a function of recipe, store and data."""
+    config = run.recipe.probe
+    if config is None or state.step >= config.until * run.recipe.total_steps:
+        return run
+    from rsmtdf_train.probe import train_probe
 
-        try:
-            store = open_run_store(store_path, out)
-        except RsmtdfError as error:
-            raise _StoreGone(store_path, error) from error
-        if recipe.distill is not None:
-            check_pins(store, recipe.distill.pins)
-    loader = BatchLoader.open(source, recipe, store, threads)
-    shapes = () if loader.targets is None else tuple(
-        TargetShape(key, t.channels, float(t.stride_px), float(t.offset_px)) for key, t in loader.targets.specs.items()
-    )  # fmt: skip
-    identity = RunIdentity(
-        recipe, store.snapshot if store is not None else None, source.classes, source.ignore_index, shapes
+    probe = train_probe(
+        run.loader, run.recipe, len(run.identity.classes), run.identity.ignore_index, run.device, on_event
     )
-    if folder.recipe.is_file() and not folder.last.is_file():  # stopped before its first checkpoint
-        there = RunIdentity(folder.load_recipe(), identity.snapshot, source.classes, source.ignore_index, shapes)
-        identity.require_same(there, out)
-    return Run(identity, folder, source, loader, chosen), store
+    return replace(run, tools=replace(run.tools, probe=probe))
 
 
-def _complete_without_store(recipe: Recipe, folder: RunFolder, address: Path | str) -> dict[str, Any] | None:
-    """Return the metrics of the run in ``folder`` if it is complete and was made of ``recipe`` and this store."""
-    from rsmtdf_train.run_store import names_recorded, read_run_store
+def _steps(run: Run, state: TrainState, on_event: TrainSink, tensorboard: bool) -> None:
+    """Run the steps that are left; the last one is followed by a checkpoint."""
+    recipe, processes = run.recipe, run.processes
+    if recipe.compile:
+        for model in (state.student, state.ema):
+            model.student.encoder.compile()
+            model.student.decoder.compile()
+    state.student.train()
+    watch = Watch(recipe)
+    every = _validation_steps(run)
+    parts = [processes.rank * recipe.batch.accumulate + i for i in range(recipe.batch.accumulate)]
+    of = processes.count * recipe.batch.accumulate
+    with (
+        _signals() as stopped,
+        LogWriter(
+            run.folder, recipe.total_steps, state.step, run.device, on_event, tensorboard, processes.first, watch
+        ) as log,
+        contextlib.closing(run.loader.iterate(state.step, recipe.total_steps, parts, of)) as batches,
+    ):
+        started = time.perf_counter()
+        for some in batches:
+            waited = time.perf_counter() - started
+            here: list[Part] = [part_to(batch, run.device, recipe.channels_last) for batch in some]
+            logs = train_step(state, here, recipe, run.tools, processes)
+            if run.drift is not None and state.step % recipe.drift_every == 0:
+                drift = run.drift.measure(drawn_tiles(run.loader, state.step - 1), on_event)
+                logs |= {f"drift/{key}": cosine for key, cosine in drift.items()}
+            now = time.perf_counter()
+            log.add(state.step - 1, logs, now - started, waited, _crops(recipe))
+            stop = processes.any(bool(stopped), run.device)
+            last = state.step == recipe.total_steps
+            if every and (state.step % every == 0 or last):
+                log.flush()
+                validate(run, state, on_event)
+            if stop or last or state.stopped or state.step % recipe.checkpoint_every == 0:
+                log.flush()  # raises for a loss that is not finite: such a state is never saved
+                if processes.first:
+                    save_checkpoint(run.folder, run.identity, state)
+                processes.wait()  # who leaves earlier has torchrun stop the one that writes
+            if state.stopped:
+                on_event(Warned(_early(recipe, state.best, state.step)))
+                break
+            if stop and not last:
+                name = stopped[0] if stopped else "a signal to another process"
+                raise Interrupted(
+                    f"{name} after step {state.step} of {recipe.total_steps}; the checkpoint is in "
+                    f"{run.folder.last}, the same command continues"
+                )
+            started = time.perf_counter()  # what was done between two steps is no part of the next one
 
-    try:
-        recorded = read_run_store(folder.root)
-        if recorded is None or not names_recorded(address, recorded) or folder.load_recipe() != recipe:
-            return None
-        metrics: dict[str, Any] = json.loads(folder.metrics.read_text())
-        same = (metrics["store"], metrics["step"]) == (recorded.snapshot, recipe.total_steps)
-    except (OSError, ValueError, KeyError, TypeError, UsageError, DataError):
-        return None
-    return metrics if same else None
+
+def _crops(recipe: Recipe) -> int:
+    return recipe.batch.labeled + (recipe.batch.unlabeled if recipe.method != "supervised" else 0)
+
+
+def _early(recipe: Recipe, best: Best, step: int) -> str:
+    return (
+        f"stopped after step {step} of {recipe.total_steps}: {best.since} scores on {recipe.validation.split} without "
+        f"a better one than mean IoU {100 * best.miou:.2f} at step {best.step} (validation.patience)"
+    )
+
+
+def _validation_steps(run: Run) -> int:
+    """Return after how many steps the validation split is scored; 0 for never."""
+    every = run.recipe.validation.every
+    if every != "epoch":
+        return every
+    sizes = run.recipe.batch
+    size = sizes.labeled if run.recipe.method == "supervised" else sizes.unlabeled
+    return max(1, run.loader.tiles_per_epoch // size)
+
+
+def _silence(event: object) -> None:
+    """Say nothing: the first process speaks for all."""
 
 
 def _shown(address: Path | str | None) -> str:
@@ -236,57 +248,6 @@ def _shown(address: Path | str | None) -> str:
     from rsmtdf_cache.share.address import redact
 
     return redact(str(address))
-
-
-def _record_store(run: Run, store: FeatureStore, address: Path | str, pin: bool, on_event: TrainSink) -> None:
-    """Write down which content the run reads: in its folder, in the catalogue and, with ``pin``, in the store."""
-    from rsmtdf_cache.share.catalogue import register_run
-    from rsmtdf_train.run_store import store_place, write_run_store
-
-    place = store_place(address)
-    if pin:
-        from rsmtdf_cache.upkeep.pins import pin_snapshot
-
-        pin_snapshot(Path(place), store.snapshot, owner=str(run.folder.root.resolve()))
-    write_run_store(run.folder.root, place, store)
-    register_run(run.folder.root, place, store.snapshot, run.identity.recipe.name, on_event)
-
-
-def _check_geometry(recipe: Recipe, state: TrainState) -> None:
-    multiple = state.student.student.multiple_px
-    if recipe.crop_px % multiple:
-        raise UsageError(
-            f"crop_px {recipe.crop_px}: the student {recipe.student.encoder!r} reads multiples of {multiple} px; "
-            f"choose crop_px {recipe.crop_px // multiple * multiple or multiple} or another student"
-        )
-
-
-def _steps(run: Run, state: TrainState, on_event: TrainSink, tensorboard: bool) -> None:
-    """Run the steps that are left; the last one is followed by a checkpoint."""
-    recipe = run.identity.recipe
-    state.student.train()
-    with (
-        _signals() as stopped,
-        LogWriter(run.folder, recipe.total_steps, state.step, run.device, on_event, tensorboard) as log,
-        contextlib.closing(run.loader.iterate(state.step, recipe.total_steps)) as batches,
-    ):
-        started = time.perf_counter()
-        for batch in batches:
-            logs = train_step(
-                state, batch_to(batch, run.device), recipe, run.identity.ignore_index, run.loader.offsets_px
-            )
-            now = time.perf_counter()
-            log.add(state.step - 1, logs, now - started)
-            started = now
-            stop = bool(stopped)
-            if stop or state.step % recipe.checkpoint_every == 0 or state.step == recipe.total_steps:
-                log.flush()  # raises for a loss that is not finite: such a state is never saved
-                save_checkpoint(run.folder, run.identity, state)
-            if stop and state.step < recipe.total_steps:
-                raise Interrupted(
-                    f"{stopped[0]} after step {state.step} of {recipe.total_steps}; the checkpoint is in "
-                    f"{run.folder.last}, the same command continues"
-                )
 
 
 @contextlib.contextmanager

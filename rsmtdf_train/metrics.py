@@ -32,13 +32,17 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one model on one split; every value in 0..1, None when nothing could be scored."""
+    """Scores of one model on one split; every value in 0..1, None when nothing could be scored.
+
+    ``confusion[label][prediction]`` counts pixels.
+    """
 
     classes: tuple[ClassScore, ...]
     miou: float | None
     mf1: float | None
     macc: float | None
     pixel_accuracy: float | None
+    confusion: tuple[tuple[int, ...], ...] = ()
 
     def miou_without(self, names: Sequence[str]) -> float | None:
         """Return the mean IoU over the classes that are not named (pixel counts stay as they are)."""
@@ -52,6 +56,7 @@ class Scores:
             "macc": self.macc,
             "pixel_accuracy": self.pixel_accuracy,
             "classes": [vars(c) | {} for c in self.classes],
+            "confusion": [list(row) for row in self.confusion],
         }
 
 
@@ -89,6 +94,7 @@ class ConfusionMatrix:
             mf1=_mean([c.f1 for c in classes]),
             macc=_mean([c.accuracy for c in classes]),
             pixel_accuracy=float(hits.sum()) / total if total else None,
+            confusion=tuple(tuple(row) for row in self.counts.tolist()),
         )
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rsmtdf_cache.errors import DataError, UsageError
 from rsmtdf_cache.sources.base import ClassInfo
 
-__all__ = ["PanelRow", "colorize", "draw_curves", "draw_panel", "read_log"]
+__all__ = ["PanelRow", "colorize", "draw_curves", "draw_panel", "moving_average", "read_log"]
 
 _UNKNOWN = (255, 255, 255)  # ignored pixels: white, as on a map
 _CELL = 2.0  # inches
@@ -117,12 +117,14 @@ def draw_panel(path: Path, rows: Sequence[PanelRow], classes: Sequence[ClassInfo
 def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
     """Return column name → values by line of a ``log.jsonl``; a key a line lacks is NaN there.
 
-    A step that stands twice (a run killed between log and checkpoint, then resumed) counts with its last line.
+    A step that stands twice (a run killed between log and checkpoint, then resumed) counts with its last line; a last
+    line that was cut off while it was written counts nowhere.
     Raises ``DataError`` for a file that is missing, empty or not JSON lines.
     """
     by_step: dict[int, dict[str, float | None]] = {}
     try:
-        for line in path.read_text().splitlines():
+        text = path.read_text()
+        for line in text[: text.rfind("\n") + 1].splitlines():
             entry = json.loads(line)
             by_step[int(entry["step"])] = entry
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -173,7 +175,7 @@ def draw_curves(path: Path, arms: Mapping[str, Sequence[Path]], title: str = "")
                 continue
             color = f"C{number}"
             length = min(len(r[name]) for r in with_term)
-            smooth = [_moving_average(r[name][:length]) for r in with_term]
+            smooth = [moving_average(r[name][:length]) for r in with_term]
             if len(smooth) > 1:
                 for run, values in zip(with_term, smooth, strict=True):
                     axis.plot(run["step"][:length], values, color=color, alpha=0.2, linewidth=0.8)
@@ -188,7 +190,7 @@ def draw_curves(path: Path, arms: Mapping[str, Sequence[Path]], title: str = "")
     return path
 
 
-def _moving_average(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def moving_average(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the centred average over 1/20 of the run; shorter windows at the ends, NaN counts nowhere."""
     half = max(1, len(values) // 40)
     known = np.isfinite(values)

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from rsmtdf_cache.errors import DataError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
 from rsmtdf_cache.sources.base import ClassInfo
-from rsmtdf_train.fusion import FusedStudent
+from rsmtdf_train.fused_student import FusedStudent
 
 __all__ = ["Prediction", "overlay", "palette_image", "predict_files", "predict_mask", "read_rgb"]
 

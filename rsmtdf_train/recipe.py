@@ -128,6 +128,8 @@ class Recipe(Section):
             data = dict(data)
             if data.get("steps") is None and data.get("epochs") is None:
                 data["steps"] = _STEPS
+            if data.get("targets") == "fixed-views" and isinstance(augment := data.get("augment", {}), dict):
+                data["augment"] = {"geometry": "fixed-views", **augment}  # stays when distillation goes
             if data.get("targets") == "none":
                 data["distill"] = None
             if "distill" in data and data["distill"] in (False, None):
@@ -140,6 +142,12 @@ class Recipe(Section):
     def _consistent(self) -> Self:
         if self.method != "supervised" and self.batch.unlabeled == 0:
             raise ValueError(f"method {self.method} needs batch.unlabeled > 0")
+        fixed = self.augment.geometry == "fixed-views"
+        if fixed != (self.targets == "fixed-views") and not (fixed and self.targets == "none"):
+            raise ValueError(
+                f"targets {self.targets} does not go with augment.geometry {self.augment.geometry}: the crops of fixed "
+                "views are for targets fixed-views (which needs them) and for none, its baseline"
+            )
         if self.augment.geometry == "native" and self.targets not in ("online", "none"):
             raise ValueError(
                 f"augment.geometry native cuts crops that no stored feature fits; targets {self.targets} needs lattice"
@@ -148,6 +156,8 @@ class Recipe(Section):
             raise ValueError("privileged pseudo-labels need fuse, and a method with pseudo-labels")
         if self.probe is not None and self.method == "supervised":
             raise ValueError("probe labels unlabelled crops; method supervised has none")
+        if self.online_share > 0 and self.distill is None:
+            raise ValueError(f"targets {self.targets} runs teachers for distillation, and distill is off")
         for name in ("privileged", "probe"):
             if getattr(self, name) is not None and self.targets in ("online", "none"):
                 raise ValueError(f"{name} reads stored features; targets {self.targets} has none")
@@ -183,6 +193,10 @@ class Recipe(Section):
                 f"says {self.steps}; write one of them"
             )
         return self.model_copy(update={"steps": steps})
+
+    def is_met_by(self, run: Recipe) -> bool:
+        """Return whether ``run``, a recipe whose steps are counted, is this one."""
+        return run == (self if self.steps is not None else self.model_copy(update={"steps": run.steps}))
 
     def without_distillation(self) -> Recipe:
         """Return the paired baseline: the same recipe with no teacher in any form."""

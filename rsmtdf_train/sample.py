@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.codecs.device import DeviceDecoder
+from rsmtdf_train.photometry import Photometry
 
-__all__ = ["Batch", "Coded", "LabeledBatch", "Sample", "Targets", "UnlabeledBatch"]
+__all__ = ["Batch", "Coded", "LabeledBatch", "Sample", "StrongView", "Targets", "UnlabeledBatch"]
 
 
 @dataclass(frozen=True)
@@ -75,32 +76,43 @@ def _moved(value: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class LabeledBatch:
-    """Weakly augmented labelled crops. ``image`` is float32 RGB in 0..1, not normalised (the student does that)."""
+    """Weakly augmented labelled crops. ``image`` is RGB as decoded: the step makes it float 0..1 on the device."""
 
-    image: Tensor  # [B, 3, H, W]
+    image: Tensor  # [B, 3, H, W] uint8
     label: Tensor  # [B, H, W] int64, ignore index where not labelled
+    valid: Tensor  # [B, H, W] bool, False on padding and no-data
     targets: Targets
 
 
 @dataclass(frozen=True)
-class UnlabeledBatch:
-    """Unlabelled crops: a weak view for the labeller, a photometrically strong view of the same crop for the student.
+class StrongView:
+    """What makes a strong view of unlabelled crops; applied by the step, on the device.
 
     ``cutmix_boxes[i] = (y0, x0, y1, x1)`` in pixels, all zero for none; the partner of crop ``i`` is crop ``B-1-i``.
-    Nothing is mixed yet: the step mixes image, pseudo-label, confidence, ``valid`` and targets by the same boxes.
     """
 
-    weak: Tensor  # [B, 3, H, W]
-    strong: Tensor  # [B, 3, H, W]
+    photometry: Photometry
+    cutmix_boxes: Tensor  # [B, 4] int64
+
+
+@dataclass(frozen=True)
+class UnlabeledBatch:
+    """Unlabelled crops: ``image`` is the weak view, for the labeller; each of ``views`` a strong one of the same crops.
+
+    One view, or two for method unimatch. Nothing is recoloured or mixed yet: the step mixes image, pseudo-label,
+    confidence, ``valid`` and targets by the boxes of a view.
+    """
+
+    image: Tensor  # [B, 3, H, W] uint8
+    views: tuple[StrongView, ...]
     valid: Tensor  # [B, H, W] bool
     label: Tensor  # [B, H, W] int64: true labels where the dataset has them, for monitoring only, never in a loss
-    cutmix_boxes: Tensor  # [B, 4] int64
     targets: Targets
 
 
 @dataclass(frozen=True)
 class Batch:
-    """All that one step consumes. ``unlabeled`` is None for supervised training."""
+    """All that one step, or one part of it, consumes. ``unlabeled`` is None for supervised training."""
 
     step: int
     labeled: LabeledBatch

@@ -14,15 +14,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from rsmtdf_cache.errors import UsageError
 from rsmtdf_cache.views import Box
-from rsmtdf_train.augment import (
-    NO_CUTMIX,
-    CutMixBox,
-    PhotometricParameters,
-    draw_cutmix_box,
-    draw_photometric,
-)
+from rsmtdf_train.augment import NO_CUTMIX, CutMixBox, draw_cutmix_box
+from rsmtdf_train.geometry import DEFAULT_LATTICE_PX, CropGeometry, Cut, Geometry
+from rsmtdf_train.photometry import PhotometricParameters, draw_photometric
 from rsmtdf_train.sections import AugmentConfig
 
 __all__ = [
@@ -34,48 +29,10 @@ __all__ = [
     "UNLABELED",
 ]
 
-#: The lattice of the default views (decision 9); crops of a run without a store lie on it too.
-DEFAULT_LATTICE_PX = 32
-
 LABELED = 0
 UNLABELED = 1
 
-_ORDER, _GEOMETRY, _PHOTOMETRY, _CUTMIX = range(4)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Which crops there are: ``crop_px`` squares at multiples of ``lattice_px`` in one of ``orientations``."""
-
-    tile_px: int
-    crop_px: int
-    lattice_px: int = DEFAULT_LATTICE_PX
-    orientations: tuple[int, ...] = tuple(range(8))
-
-    def __post_init__(self) -> None:
-        """Raise ``UsageError`` for a crop that no tile holds or that the lattice does not divide."""
-        if not self.orientations:
-            raise UsageError("no orientation is stored for every feature array; build them with one --orientations")
-        if self.crop_px > self.tile_px:
-            raise UsageError(
-                f"crop_px {self.crop_px} is larger than the tiles of {self.tile_px} px; "
-                f"choose a multiple of {self.lattice_px} up to {self.tile_px // self.lattice_px * self.lattice_px}"
-            )
-        if self.crop_px % self.lattice_px:
-            below = self.crop_px // self.lattice_px * self.lattice_px
-            near = [px for px in (below, below + self.lattice_px) if 0 < px <= self.tile_px]
-            raise UsageError(
-                f"crop_px {self.crop_px} is not on the lattice of {self.lattice_px} px, the coarsest token of the "
-                f"features; choose {' or '.join(map(str, near)) or f'a multiple of {self.lattice_px}'}"
-            )
-
-    def draw(self, rng: np.random.Generator, turn: bool = True) -> tuple[int, Box]:
-        """Return an orientation and a box in its frame. ``turn`` False takes the first orientation, same box."""
-        u, v, w = rng.random(3)
-        places = (self.tile_px - self.crop_px) // self.lattice_px + 1
-        orientation = self.orientations[int(u * len(self.orientations))] if turn else self.orientations[0]
-        y, x = int(v * places) * self.lattice_px, int(w * places) * self.lattice_px
-        return orientation, Box(y, x, self.crop_px, self.crop_px)
+_ORDER, _GEOMETRY, _PHOTOMETRY, _CUTMIX, _SECOND_PHOTOMETRY, _SECOND_CUTMIX = range(6)
 
 
 @dataclass(frozen=True)
@@ -84,10 +41,19 @@ class Draw:
 
     tile_id: str
     epoch: int
-    orientation: int
-    box: Box
+    cut: Cut
     photometric: PhotometricParameters
     cutmix_box: CutMixBox = NO_CUTMIX
+
+    @property
+    def orientation(self) -> int:
+        """Return how the tile is turned before it is cut."""
+        return self.cut.orientation
+
+    @property
+    def box(self) -> Box:
+        """Return what is cut, in pixels of the turned (and, by the native geometry, resized) tile."""
+        return self.cut.box
 
 
 class Stream:
@@ -98,7 +64,7 @@ class Stream:
     """
 
     def __init__(
-        self, tile_ids: Sequence[str], stream: int, seed: int, geometry: Geometry, augment: AugmentConfig
+        self, tile_ids: Sequence[str], stream: int, seed: int, geometry: CropGeometry, augment: AugmentConfig
     ) -> None:
         self.tile_ids = tuple(sorted(tile_ids))
         if not self.tile_ids:
@@ -117,13 +83,12 @@ class Stream:
     def draw(self, position: int) -> Draw:
         """Return the tile at ``position`` and its parameters."""
         epoch, tile_id = self.place(position)
-        name = int.from_bytes(hashlib.sha256(tile_id.encode()).digest()[:8])
-        orientation, box = self.geometry.draw(self._rng(_GEOMETRY, epoch, name), self.augment.orientations)
+        name = _number(tile_id)
+        cut = self.geometry.draw(self._rng(_GEOMETRY, epoch, name), self.augment.orientations)
         return Draw(
             tile_id=tile_id,
             epoch=epoch,
-            orientation=orientation,
-            box=box,
+            cut=cut,
             photometric=draw_photometric(self._rng(_PHOTOMETRY, epoch, name), self.augment),
             cutmix_box=draw_cutmix_box(self._rng(_CUTMIX, epoch, name), self.augment.cutmix_p, self.geometry.crop_px),
         )
@@ -132,9 +97,21 @@ class Stream:
         """Return the draws of batch ``step``: positions ``step * size`` up to ``(step + 1) * size``."""
         return [self.draw(position) for position in range(step * size, (step + 1) * size)]
 
+    def second_view(self, draw: Draw) -> tuple[PhotometricParameters, CutMixBox]:
+        """Return photometry and CutMix box of another strong view of ``draw``; the first view stays what it is."""
+        key = (draw.epoch, _number(draw.tile_id))
+        return (
+            draw_photometric(self._rng(_SECOND_PHOTOMETRY, *key), self.augment),
+            draw_cutmix_box(self._rng(_SECOND_CUTMIX, *key), self.augment.cutmix_p, self.geometry.crop_px),
+        )
+
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         return self._rng(_ORDER, epoch).permutation(len(self.tile_ids))
 
     def _rng(self, purpose: int, *key: int) -> np.random.Generator:
         # One generator per purpose: a recipe that changes the photometry keeps tiles, crops and CutMix boxes.
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, self.stream, purpose, *key])))
+
+
+def _number(tile_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(tile_id.encode()).digest()[:8])

@@ -12,7 +12,6 @@ from typing import Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
-    "SECTIONS",
     "AugmentConfig",
     "BatchConfig",
     "DistillConfig",
@@ -21,6 +20,7 @@ __all__ = [
     "OptimConfig",
     "PrivilegedConfig",
     "ProbeConfig",
+    "SECTIONS",
     "Section",
     "StudentConfig",
     "SupervisedConfig",
@@ -90,10 +90,11 @@ class AugmentConfig(Section):
 
     ``lattice``: crops on the token lattice, in orientations whose features are stored. ``native``: the tile scaled by
     ``scale``, padded to the right and below, cropped anywhere, mirrored with probability 0.5 (RS-MTDF): no stored
-    feature fits such a crop, so it goes with online targets or none.
+    feature fits such a crop, so it goes with online targets or none. ``fixed-views``: turn and crop of one of the
+    store's fixed views; of ``targets: fixed-views``, and of its paired baseline.
     """
 
-    geometry: Literal["lattice", "native"] = "lattice"
+    geometry: Literal["lattice", "native", "fixed-views"] = "lattice"
     scale: tuple[float, float] = Field(default=(0.5, 2.0), description="of native geometry: least and largest zoom")
     orientations: bool = Field(default=True, description="draw one of the orientations the store holds (or all of D4)")
     approximate_orientations: bool = Field(
@@ -109,6 +110,10 @@ class AugmentConfig(Section):
     def _approximates_what_it_draws(self) -> Self:
         if self.approximate_orientations and not self.orientations:
             raise ValueError("approximate_orientations draws all orientations, and orientations is false; set one")
+        if self.approximate_orientations and self.geometry != "lattice":
+            raise ValueError(f"approximate_orientations is of geometry lattice; {self.geometry} has no use for it")
+        if self.geometry == "fixed-views" and not self.orientations:
+            raise ValueError("fixed views come in the orientations they were stored in; orientations cannot be false")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale {list(self.scale)}: write two numbers above 0, the smaller one first")
         return self
@@ -231,11 +236,15 @@ class ProbeConfig(Section):
 
     hold: float = Field(default=0.2, ge=0, le=1)
     until: float = Field(default=0.6, gt=0, le=1)
+    inputs: Literal["auto", "features", "color", "both"] = Field(
+        default="both",
+        description="what it sees: stored features, local colour (means and deviations at several sizes), both; auto: "
+        "what predicts labelled tiles best that it was not fitted to",
+    )
+    keys: tuple[str, ...] = Field(default=(), description="patterns of the targets it reads; empty = all")
     hidden: int = Field(default=0, ge=0, description="width of a hidden layer; 0: linear")
-    color: bool = Field(default=False, description="see local colour too (means and deviations at several sizes)")
-    steps: int = Field(default=300, gt=0)
-    lr: float = Field(default=0.01, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
+    steps: int = Field(default=40, gt=0, description="iterations of LBFGS")
+    weight_decay: float = Field(default=0.001, ge=0, description="L2 penalty of a weight on a map's mean channel")
 
     @model_validator(mode="after")
     def _holds_before_it_ends(self) -> Self:

@@ -5,29 +5,42 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from rsmtdf_train.fusion import FusedStudent, TargetShape, build_fused_student
+from rsmtdf_train.fused_student import FusedStudent, build_fused_student
+from rsmtdf_train.fusion import TargetShape
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sections import OptimConfig
 
-__all__ = ["TrainState", "build_state", "learning_rates", "lr_factor", "set_learning_rates", "update_ema"]
+__all__ = ["Best", "TrainState", "build_state", "learning_rates", "lr_factor", "set_learning_rates", "update_ema"]
 
 #: Exponent of the polynomial schedule (RS-MTDF and most of segmentation).
 _POWER = 0.9
 
 
 @dataclass
+class Best:
+    """The best score on the validation split so far (mean IoU in 0..1), its step, and scores since without a better."""
+
+    miou: float = -1.0
+    step: int = 0
+    since: int = 0
+
+
+@dataclass
 class TrainState:
-    """The mutable things of a run. ``step`` counts finished steps."""
+    """The mutable things of a run. ``step`` counts finished steps; ``stopped``: early, for want of better scores."""
 
     student: FusedStudent
     ema: FusedStudent
     optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
     step: int = 0
+    best: Best = field(default_factory=Best)
+    stopped: bool = False
 
 
 def build_state(
@@ -40,6 +53,8 @@ def build_state(
 ) -> TrainState:
     """Return the state before the first step: a seeded student, its copy as EMA, a fresh optimiser."""
     student = build_fused_student(recipe, classes, targets, load_weights=load_weights).to(device)
+    if recipe.channels_last:
+        student = student.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(student).eval().requires_grad_(False)
     encoder = list(student.student.encoder.parameters())
     inside = {id(p) for p in encoder}
@@ -50,7 +65,8 @@ def build_state(
         weight_decay=recipe.optim.weight_decay,
         fused=True,
     )
-    return TrainState(student.train(), ema, optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+    return TrainState(student.train(), ema, optimizer, scaler)
 
 
 def learning_rates(config: OptimConfig) -> tuple[float, float]:
@@ -59,10 +75,13 @@ def learning_rates(config: OptimConfig) -> tuple[float, float]:
 
 
 def lr_factor(config: OptimConfig, step: int, steps: int) -> float:
-    """Return the factor of the learning rate at ``step`` (0-based) of ``steps``: linear warm-up, then the schedule."""
+    """Return the factor of the learning rate at ``step`` (0-based) of ``steps``: linear warm-up, then the schedule.
+
+    ``schedule_lag``: the decay is that of so many steps before, for code that sets the rate after a step.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    progress = step / steps
+    progress = max(step - config.schedule_lag, 0) / steps
     if config.schedule == "poly":
         return float((1 - progress) ** _POWER)
     if config.schedule == "cosine":

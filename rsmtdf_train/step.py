@@ -2,157 +2,190 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from rsmtdf_train.augment import cutmix, cutmix_targets
-from rsmtdf_train.losses import pseudo_label_loss, supervised_loss
-from rsmtdf_train.objective import combine, distill_term, term_weights
+from rsmtdf_train.fused_student import FusedStudent
+from rsmtdf_train.losses import pseudo_label_loss
+from rsmtdf_train.objective import TermWeights, combine, distill_term, term_weights
+from rsmtdf_train.prepare import Part, Prepared, StepTools, prepare
+from rsmtdf_train.processes import Processes
 from rsmtdf_train.recipe import Recipe
-from rsmtdf_train.sample import Batch, LabeledBatch, Targets, UnlabeledBatch
+from rsmtdf_train.seeds import step_seed
 from rsmtdf_train.state import TrainState, set_learning_rates, update_ema
 
-__all__ = ["batch_to", "step_seed", "train_step"]
+__all__ = ["complementary_masks", "train_step"]
 
-_SEED_PRIME = 1_000_003
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-@dataclass(frozen=True)
-class _Mixed:
-    """The unlabelled half after CutMix: what the student sees, and its pseudo-labels."""
-
-    strong: Tensor  # [B, 3, H, W]
-    pseudo: Tensor  # [B, H, W] int64
-    confidence: Tensor  # [B, H, W]
-    valid: Tensor  # [B, H, W] bool
-
-
-def step_seed(seed: int, step: int) -> int:
-    """Return the seed of the random numbers inside the networks at ``step``: a function of position, not of history."""
-    return (seed * _SEED_PRIME + step) % 2**63
+#: UniMatch V2 (Yang et al. 2025): half of the channels go to each strong view, in half of the crops.
+_DROPPED_CROPS = 0.5
 
 
 def train_step(
-    state: TrainState, batch: Batch, recipe: Recipe, ignore_index: int, offsets_px: dict[str, float] | None = None
+    state: TrainState,
+    parts: Sequence[Part],
+    recipe: Recipe,
+    tools: StepTools,
+    processes: Processes | None = None,
 ) -> dict[str, Tensor | float]:
     """Advance ``state`` by one step and return what the log shows; tensors are scalars still on the device.
 
-    Order: the EMA labels the weak view; CutMix of strong image, pseudo-label, confidence, validity and targets by the
-    same boxes; one pass of the student over [labelled; strong]; losses; optimiser; EMA. Raises ``ValueError`` for a
-    batch of another step.
+    ``parts`` are this process's share of the step's batch, in pieces that fit its memory: neither the number of pieces
+    nor of processes changes the loss (a sum over all of them), up to rounding and to what looks at its own piece alone:
+    batch norm, OHEM and Dice, complementary dropout, ``fuse.drop``. Raises ``ValueError`` for a batch of another step.
     """
-    if batch.step != state.step:
-        raise ValueError(f"batch of step {batch.step} at step {state.step}")
-    torch.manual_seed(step_seed(recipe.seed, state.step))
+    if any(part.step != state.step for part in parts):
+        raise ValueError(f"batch of step {parts[0].step} at step {state.step}")
+    world = processes or Processes()
+    torch.manual_seed(step_seed(recipe.seed, state.step, world.rank))
     lr = set_learning_rates(state.optimizer, recipe.optim, state.step, recipe.total_steps)
     weights = term_weights(recipe, state.step)
-    logs: dict[str, Tensor | float] = {}
-    loss_labeled: Tensor | None = None
-    loss_unlabeled: Tensor | None = None
-    loss_distill: Tensor | None = None
-    unlabeled = batch.unlabeled if recipe.method == "fixmatch" else None
-    with torch.autocast(batch.labeled.image.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        if weights.labeled == 0 and weights.unlabeled == 0:
-            # Nothing is segmented yet: no pseudo-labels, no decoder.
-            images, targets = _distilled(batch.labeled, unlabeled, recipe, offsets_px)
-            translated = state.student.forward_translate(images)
-        else:
-            mixed = _label_and_mix(state, unlabeled, recipe, ignore_index, logs) if unlabeled else None
-            images = torch.cat([batch.labeled.image, mixed.strong]) if mixed else batch.labeled.image
-            logits, translated = state.student.forward_train(images)
-            count = len(batch.labeled.image)
-            loss_labeled = supervised_loss(logits[:count], batch.labeled.label, ignore_index)
-            if mixed:
-                loss_unlabeled = pseudo_label_loss(
-                    logits[count:], mixed.pseudo, mixed.confidence, mixed.valid, recipe.threshold
-                )
-            targets = batch.labeled.targets
-            if recipe.distill is not None and unlabeled:
-                images, targets = _distilled(batch.labeled, unlabeled, recipe, offsets_px)
-                if recipe.distill.view == "weak":  # what was segmented were the strong views
-                    clean = state.student.forward_translate(images[count:])
-                    translated = {k: torch.cat([v[:count], clean[k]]) for k, v in translated.items()}
-    if recipe.distill is not None and translated:
-        loss_distill, cosines = distill_term(recipe.distill, translated, targets)
-        logs |= cosines
-    loss = combine(weights, loss_labeled, loss_unlabeled, loss_distill)
+    device = parts[0].labeled.image.device
+    autocast = _AUTOCAST.get(recipe.precision)
+
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        prepared = [prepare(state, part, recipe, weights, tools) for part in parts]
+    divisors = _divisors(prepared, world)
 
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    logs: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    for one in prepared:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            terms, cosines = _terms(state.student, one, recipe, weights, tools, divisors, 1 / len(parts))
+            loss = combine(weights, terms)
+        state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        for name, value in {"loss": loss, **{f"loss_{k}": v for k, v in terms.items()}, **cosines}.items():
+            logs[name] = logs[name] + value.detach()
+
+    world.average_gradients(state.student.parameters())
+    state.scaler.unscale_(state.optimizer)
     if recipe.optim.clip_norm is not None:
         norm = torch.nn.utils.clip_grad_norm_(state.student.parameters(), recipe.optim.clip_norm)
-        logs["grad_norm"] = norm.detach()
-    state.optimizer.step()
+        logs["grad_norm"] = norm.detach()  # of the averaged gradients, so the same everywhere
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    world.average_buffers(state.student)
     update_ema(state.ema, state.student, state.step, recipe.ema.decay)
     state.step += 1
-    zero = torch.zeros((), device=loss.device)
+    return _logged(logs, prepared, state.student, lr, world)
+
+
+def complementary_masks(channels: Sequence[int], crops: int, device: torch.device) -> list[Tensor]:
+    """Return a factor ``[2 * crops, S, 1, 1]`` for each map: crop i keeps in its second view what the first one drops.
+
+    Kept channels count double; the other half of the crops keeps all (UniMatch V2, section III-C). Drawn from torch's
+    global generator, which the step has seeded.
+    """
+    untouched = torch.randperm(crops, device=device)[: crops - int(crops * _DROPPED_CROPS)]
+    masks = []
+    for count in channels:
+        first = torch.bernoulli(torch.full((crops, count), 0.5, device=device)) * 2
+        second = 2 - first
+        first[untouched] = 1
+        second[untouched] = 1
+        masks.append(torch.cat([first, second])[:, :, None, None])
+    return masks
+
+
+def _terms(
+    student: FusedStudent,
+    prepared: Prepared,
+    recipe: Recipe,
+    weights: TermWeights,
+    tools: StepTools,
+    divisors: Mapping[str, Tensor],
+    share: float,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the losses of one part by the names of ``TermWeights``, and the cosines of the log.
+
+    One pass of the student over [labelled; strong views]; one more of its encoder over what is distilled and was not
+    among them.
+    """
+    terms: dict[str, Tensor] = {}
+    translated: dict[str, Tensor] = {}  # of what is distilled, on the student's grids
+    labeled, count = prepared.labeled, len(prepared.labeled.image)
+    side = labeled.image.shape[-2]
+    size = (side, labeled.image.shape[-1])
+    if weights.segments:
+        images = torch.cat([labeled.image, *(m.image for m in prepared.mixed)])
+        encoded = student.encode(images)
+        translated = student.translate(encoded)
+        masks = None
+        if recipe.method == "unimatch" and prepared.mixed:
+            ones = [m.new_ones(count, m.shape[1], 1, 1) for m in encoded.maps]
+            drawn = complementary_masks([m.shape[1] for m in encoded.maps], len(prepared.mixed[0].image), images.device)
+            masks = [torch.cat(pair) for pair in zip(ones, drawn, strict=True)]
+        logits = student.decode(encoded, translated, size, masks)
+        terms["labeled"] = tools.supervised(logits[:count], labeled.label, divisors["labeled"], share)
+        if prepared.mixed:
+            chunks = logits[count:].chunk(len(prepared.mixed))
+            losses = [
+                pseudo_label_loss(
+                    chunk, m.pseudo, m.confidence, m.valid, recipe.threshold, denominator=divisors[f"unlabeled{i}"]
+                )
+                for i, (chunk, m) in enumerate(zip(chunks, prepared.mixed, strict=True))
+            ]
+            terms["unlabeled"] = torch.stack(losses).mean()
+        if prepared.privileged is not None and student.fusion is not None:
+            known = encoded.first(count)
+            mine = {k: v[:count] for k, v in translated.items()}
+            true = student.fusion.true_translations(prepared.privileged, mine, side)
+            terms["privileged"] = tools.supervised(
+                student.decode(known, true, size), labeled.label, divisors["labeled"], share
+            )
+        if prepared.extra is None and prepared.mixed:
+            count += len(prepared.mixed[0].image)  # the first strong view is distilled
+        translated = {k: v[:count] for k, v in translated.items()}
+    if prepared.targets is None or recipe.distill is None or student.fusion is None:
+        return terms, {}
+    if prepared.extra is not None:
+        more = student.translate(student.encode(prepared.extra))
+        translated = {k: torch.cat([translated[k], v]) if translated else v for k, v in more.items()}
+    by_key = {key: divisors[f"distill/{key}"] for key in translated}
+    terms["distill"], cosines = distill_term(recipe.distill, student.align(translated, side), prepared.targets, by_key)
+    return terms, cosines
+
+
+def _divisors(prepared: Sequence[Prepared], world: Processes) -> dict[str, Tensor]:
+    """Return what each sum is divided by: the count over all parts and processes, over the number of processes.
+
+    Gradients are averaged over processes, so that their losses add up to the loss of the whole batch.
+    """
+    names = sorted(prepared[0].counts)
+    mine = [torch.stack([one.counts[name].double() for one in prepared]).sum() for name in names]
     return {
-        "loss": loss.detach(),
-        "loss_labeled": loss_labeled.detach() if loss_labeled is not None else zero,
-        "loss_unlabeled": loss_unlabeled.detach() if loss_unlabeled is not None else zero,
-        "loss_distill": loss_distill.detach() if loss_distill is not None else zero,
-        "lr": lr,
-        **logs,
+        name: torch.where(total > 0, total / world.count, 1.0).float()  # nothing counts: 0 of 1
+        for name, total in zip(names, world.add_up(mine), strict=True)
     }
 
 
-@torch.no_grad()
-def _label_and_mix(
-    state: TrainState,
-    unlabeled: UnlabeledBatch,
-    recipe: Recipe,
-    ignore_index: int,
-    logs: dict[str, Tensor | float],
-) -> _Mixed:
-    confidence, pseudo = state.ema(unlabeled.weak).float().softmax(dim=1).max(dim=1)
-    valid, boxes = unlabeled.valid, unlabeled.cutmix_boxes
-    used = (confidence >= recipe.threshold) & valid
-    known = used & (unlabeled.label != ignore_index)
-    logs["mask_ratio"] = used.sum() / valid.sum().clamp(min=1)
-    logs["pseudo_accuracy"] = ((pseudo == unlabeled.label) & known).sum() / known.sum()  # NaN: nothing to judge
-    return _Mixed(
-        strong=cutmix(unlabeled.strong, boxes),
-        pseudo=cutmix(pseudo, boxes),
-        confidence=cutmix(confidence, boxes),
-        valid=cutmix(valid, boxes),
-    )
-
-
-def _distilled(
-    labeled: LabeledBatch, unlabeled: UnlabeledBatch | None, recipe: Recipe, offsets_px: dict[str, float] | None
-) -> tuple[Tensor, Targets]:
-    """Return the images that are distilled, ``[labelled; unlabelled]``, and their targets."""
-    if unlabeled is None:
-        return labeled.image, labeled.targets
-    if recipe.distill is not None and recipe.distill.view == "weak":
-        return torch.cat([labeled.image, unlabeled.weak]), _joined(labeled.targets, unlabeled.targets)
-    boxes = unlabeled.cutmix_boxes
-    targets = unlabeled.targets
-    if targets.features:
-        targets = cutmix_targets(targets, boxes, unlabeled.strong.shape[-1], offsets_px)
-    return torch.cat([labeled.image, cutmix(unlabeled.strong, boxes)]), _joined(labeled.targets, targets)
-
-
-def _joined(first: Targets, second: Targets) -> Targets:
-    return Targets(
-        {k: torch.cat([v, second.features[k]]) for k, v in first.features.items()},
-        {k: torch.cat([v, second.weights[k]]) for k, v in first.weights.items()},
-    )
-
-
-def batch_to(batch: Batch, device: torch.device) -> Batch:
-    """Return ``batch`` on ``device``, its targets decoded there; nothing is copied when it is there already."""
-
-    def move(x: Tensor) -> Tensor:
-        return x.to(device, non_blocking=True)
-
-    a, b = batch.labeled, batch.unlabeled
-    labeled = LabeledBatch(move(a.image), move(a.label), a.targets.decoded(device))
-    unlabeled = None
-    if b is not None:
-        unlabeled = UnlabeledBatch(
-            move(b.weak), move(b.strong), move(b.valid), move(b.label), move(b.cutmix_boxes), b.targets.decoded(device)
-        )
-    return Batch(batch.step, labeled, unlabeled)
+def _logged(
+    logs: Mapping[str, Tensor], prepared: Sequence[Prepared], student: FusedStudent, lr: float, world: Processes
+) -> dict[str, Tensor | float]:
+    """Return the numbers of the step, over all parts and processes."""
+    zero = torch.zeros_like(logs["loss"])
+    terms = ("loss", "loss_labeled", "loss_unlabeled", "loss_distill")
+    means = {**{name: logs.get(name, zero) for name in terms}, **logs}
+    sums = {
+        name: tuple(torch.stack([one.sums[name][i].double() for one in prepared]).sum() for i in (0, 1))
+        for name in prepared[0].sums
+    }
+    if world.count > 1:
+        flat = world.add_up([*means.values(), *(value for pair in sums.values() for value in pair)])
+        means = {name: flat[i] / world.count for i, name in enumerate(means)}
+        rest = flat[len(means) :]
+        sums = {name: (rest[2 * i], rest[2 * i + 1]) for i, name in enumerate(sums)}
+    result: dict[str, Tensor | float] = {**means, "lr": lr}
+    if "mask_ratio" in sums:
+        used, valid = sums["mask_ratio"]
+        result["mask_ratio"] = used / valid.clamp(min=1)
+    if "pseudo_accuracy" in sums:
+        right, known = sums["pseudo_accuracy"]
+        result["pseudo_accuracy"] = right / known  # NaN: nothing to judge
+    if student.fusion is not None:
+        result |= {f"gate/{key}": gate for key, gate in student.fusion.gates().items()}
+    return result

@@ -1,11 +1,13 @@
-"""Where distillation targets come from. A run chooses one mode; this file holds the modes that read a store.
+"""Where distillation targets come from. A run chooses one mode; here are the interface and the mode ``cached``.
 
 A *target* is a feature map without its orientation: its key is ``teacher/s{size}/layer`` (for example
-``dinov2_vits14/s448/block11``), and the orientation of each sample picks the stored array.
+``dinov2_vits14/s448/block11``), and the orientation of each sample picks the stored array (``fixed_targets.py``: its
+view).
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,25 +19,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rsmtdf_cache.codecs import Codes, codec_name, load_codec
+from rsmtdf_cache.codecs import Codec, Codes, load_codec
 from rsmtdf_cache.codecs.device import DeviceDecoder
 from rsmtdf_cache.crops import nearest_orientation, read_crops, whole_views
 from rsmtdf_cache.errors import MismatchError, UsageError, did_you_mean
-from rsmtdf_cache.specs import EncodingSpec, FeatureSpec
+from rsmtdf_cache.specs import EncodingSpec, FeatureKey, FeatureSpec
+from rsmtdf_cache.stats import ChannelStats
 from rsmtdf_cache.tiles import pixel_digest
-from rsmtdf_cache.views import Box, base_size_px, lattice_px, token_box
-from rsmtdf_train.sampler import Geometry
+from rsmtdf_cache.views import Box, lattice_px, token_box
+from rsmtdf_train.geometry import Geometry
+from rsmtdf_train.rebuild import rebuild_command
 
 if TYPE_CHECKING:
     from rsmtdf_cache.store import FeatureStore
+    from rsmtdf_train.live import LiveTeachers
 
 __all__ = [
     "CachedTargets",
+    "StoredTargets",
     "TargetMode",
     "TargetRequest",
     "TargetSpec",
-    "asked_as",
     "check_pins",
+    "derangement",
     "match_keys",
     "store_geometry",
     "target_specs",
@@ -44,10 +50,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """One target. ``stride_px`` and ``offset_px`` are tile pixels in the oriented frame; token 0 of a crop on the
-    lattice is centred at ``offset_px`` of the crop. ``mean`` and ``std`` (``[D]`` float32) are those of the
-    store; ``std`` is infinite for a channel that never changes, so that it standardises to 0. ``decoder`` makes
-    standardised features of what ``TargetMode.read`` returns.
+    """One target. ``stride_px`` and ``offset_px`` are pixels of the student's crop, in its frame: token 0 is centred at
+    ``offset_px``. ``mean`` and ``std`` (``[D]`` float32) are those of the store; ``std`` is infinite for a channel that
+    never changes, so that it standardises to 0. ``decoder`` makes standardised features of what ``TargetMode.read``
+    returns. Without standardising, ``mean`` is 0 and ``std`` 1.
     """
 
     key: str
@@ -61,11 +67,12 @@ class TargetSpec:
 
 @dataclass(frozen=True)
 class TargetRequest:
-    """The targets of one crop: a row of the store, an orientation and a box in its frame."""
+    """The targets of one crop: a row of the store, an orientation and a box in its frame; or one of its fixed views."""
 
     row: int
     orientation: int
     box: Box
+    view: int | None = None
 
 
 class TargetMode(ABC):
@@ -76,6 +83,13 @@ class TargetMode(ABC):
 
     #: Orientations whose targets are turned maps of others, by key: approximations that the recipe asked for.
     approximated: Mapping[str, tuple[int, ...]] = {}
+
+    #: Teachers that the step itself asks, in online and mixed modes; see ``is_online``.
+    live: LiveTeachers | None = None
+
+    def is_online(self, step: int) -> bool:
+        """Return whether ``live`` makes the targets of ``step``; then nothing is read for it."""
+        return False
 
     @abstractmethod
     def row_of(self, tile_id: str) -> int:
@@ -92,11 +106,6 @@ class TargetMode(ABC):
     @abstractmethod
     def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, Codes]]:
         """Return for each request ``{key: codes of [h, w]}``; NaN in tokens that are not valid."""
-
-
-def asked_as(teacher: str) -> str:
-    """Return what ``--teacher`` calls the stored ``teacher``: ``timm-a`` is asked for as ``timm:a``."""
-    return f"timm:{teacher[5:]}" if teacher.startswith("timm-") else teacher
 
 
 def match_keys(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -177,59 +186,45 @@ def store_geometry(
     return Geometry(store.tile_px, crop_px, lattice_px(specs), tuple(sorted(shared)))
 
 
-class CachedTargets(TargetMode):
-    """Features of clean, whole tiles, read from a store by row, orientation and box."""
+def derangement(tile_ids: Iterable[str], seed: int) -> dict[str, str]:
+    """Return for each tile another one: a function of the set of ids and ``seed``, one cycle through all of them.
 
-    def __init__(
-        self, store: FeatureStore, patterns: Sequence[str], geometry: Geometry, approximate: bool = False
-    ) -> None:
-        """Choose the targets that match ``patterns``.
+    The control ``shuffled`` gives tiles each other's features: whatever the features then do, they do not do it by
+    what they say of the tile. Raises ``UsageError`` for a single tile.
+    """
+    ordered = sorted(set(tile_ids), key=lambda name: hashlib.sha256(f"shuffled/{seed}/{name}".encode()).digest())
+    if len(ordered) == 1:
+        raise UsageError(f"distill.control shuffled: {ordered[0]!r} is the only train tile; it needs at least two")
+    return dict(zip(ordered, [*ordered[1:], *ordered[:1]], strict=True))
 
-        ``approximate``: orientations of ``geometry`` that are not stored are made by turning stored ones. Raises
-        ``UsageError`` when targets and ``geometry`` do not fit.
-        """
+
+class StoredTargets(TargetMode):
+    """Targets that are read from a store: what its modes have in common.
+
+    ``instead``: the row whose features each row is given (control ``shuffled``); None: its own.
+    """
+
+    def __init__(self, store: FeatureStore, standardize: bool, shuffled: Mapping[str, str] | None) -> None:
+        """``shuffled``: whose features each tile is given (``derangement``); what the store lacks is left out."""
         self.store = store
-        self.geometry = geometry
-        stored = target_specs(store)
-        self._by_key = {key: stored[key] for key in match_keys(patterns, list(stored))}
-        self.specs = {}
-        self.approximated = {}
-        for key, by_orientation in self._by_key.items():
-            missing = sorted(set(geometry.orientations) - set(by_orientation))
-            if missing and approximate:
-                self.approximated[key] = tuple(missing)
-            elif missing:
-                raise UsageError(
-                    f"{key}: orientations {missing} are not stored, other features have them; build the store with one "
-                    f"--orientations for all teachers, or name fewer features in distill.keys"
-                )
-            for spec in by_orientation.values():
-                token_box(spec, Box(0, 0, geometry.crop_px, geometry.lattice_px))
-            spec = next(iter(by_orientation.values()))
-            # One mean and deviation for all orientations: a turned tile has the same values up to the teacher's
-            # equivariance, and the same token must not mean two things in two frames.
-            mean, std = store.stats(spec.key)
-            mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-            if not (np.isfinite(mean).all() and np.isfinite(std).all()):
-                raise MismatchError(f"{spec.key}: its statistics are not finite; rebuild this array of {store.shown}")
-            # A channel that never changes carries nothing: it becomes 0 instead of amplified rounding.
-            std = np.where(std > 1e-6 * np.maximum(1, np.abs(mean)), std, np.float32(np.inf))
-            # Approximations are features, not codes, so a target that has some is read as features altogether.
-            codec = load_codec(EncodingSpec(), len(mean)) if key in self.approximated else store.codec(spec.key)
-            self.specs[key] = TargetSpec(
-                key, spec.layer.channels, spec.stride_tile_px, spec.offset_tile_px, mean, std,
-                DeviceDecoder(codec, mean, std),
-            )  # fmt: skip
+        self.standardize = standardize
+        self.specs: dict[str, TargetSpec] = {}
+        self.instead: dict[int, int] | None = None
+        if shuffled is not None:
+            pairs = [(a, b) for a, b in shuffled.items() if a in store.tiles and b in store.tiles]
+            self.instead = {self.row_of(a): self.row_of(b) for a, b in pairs}
 
     def row_of(self, tile_id: str) -> int:
         return self.store.tiles.row_of(tile_id)
 
+    @abstractmethod
+    def arrays(self) -> list[FeatureSpec]:
+        """Return the arrays that a run may read."""
+
     def check_tiles(self, tile_ids: Iterable[str], data: Path) -> None:
-        """Raise ``MismatchError`` unless every tile has a row and committed features in all frames of the geometry."""
+        """Raise ``MismatchError`` unless every tile has a row and committed features in all arrays of the mode."""
         wanted = list(tile_ids)
-        frames = self.geometry.orientations
-        keys = [by[o].key for by in self._by_key.values() for o in {nearest_orientation(f, by) for f in frames}]
-        committed = [np.asarray(self.store.committed(key)) for key in keys]
+        committed = [np.asarray(self.store.committed(spec.key)) for spec in self.arrays()]
         absent: list[str] = []
         for tile_id in wanted:
             try:
@@ -243,7 +238,7 @@ class CachedTargets(TargetMode):
             raise MismatchError(
                 f"the run needs features of {len(wanted)} train tiles; {self.store.shown} lacks {len(absent)} of them "
                 f"({_few(absent)}). Build them, or take tiles that the build quarantined out of splits/train.txt:\n"
-                f"  {self._build_command(data)}"
+                f"  {rebuild_command(self.store, [spec.teacher.name for spec in self.arrays()], data)}"
             )
 
     def check_pixels(self, tile_id: str, image: NDArray[np.uint8]) -> None:
@@ -253,6 +248,72 @@ class CachedTargets(TargetMode):
                 f"tile {tile_id!r}: its pixels are not those that {self.store.shown} was built from; "
                 f"train on the dataset of the store, or build a new store from this one"
             )
+
+    def source_rows(self, requests: Iterable[TargetRequest]) -> list[int]:
+        """Return the rows whose features the requests are given."""
+        return [request.row if self.instead is None else self.instead[request.row] for request in requests]
+
+    def _target(
+        self, key: str, stride_px: float, offset_px: float, stats: Sequence[FeatureKey], codec: Codec
+    ) -> TargetSpec:
+        """Return the target ``key``, standardised by the statistics of the arrays ``stats`` together."""
+        total = ChannelStats.total(map(self.store.ledger.stats, stats), self.store.spec(stats[0]).layer.channels)
+        mean, std = total.mean, total.std
+        if not (np.isfinite(mean).all() and np.isfinite(std).all()):
+            raise MismatchError(f"{stats[0]}: its statistics are not finite; rebuild this array of {self.store.shown}")
+        # A channel that never changes carries nothing: it becomes 0 instead of amplified rounding.
+        std = np.where(std > 1e-6 * np.maximum(1, np.abs(mean)), std, np.float32(np.inf))
+        if not self.standardize:
+            mean, std = np.zeros_like(mean), np.ones_like(std)
+        return TargetSpec(key, len(mean), stride_px, offset_px, mean, std, DeviceDecoder(codec, mean, std))
+
+
+class CachedTargets(StoredTargets):
+    """Features of clean, whole tiles, read from a store by row, orientation and box."""
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        patterns: Sequence[str],
+        geometry: Geometry,
+        approximate: bool = False,
+        *,
+        standardize: bool = True,
+        shuffled: Mapping[str, str] | None = None,
+    ) -> None:
+        """Choose the targets that match ``patterns``.
+
+        ``approximate``: orientations of ``geometry`` that are not stored are made by turning stored ones.
+        ``standardize``: by the store's statistics, else features come as they are. ``shuffled``: as in
+        ``StoredTargets``. Raises ``UsageError`` when targets and ``geometry`` do not fit.
+        """
+        super().__init__(store, standardize, shuffled)
+        self.geometry = geometry
+        stored = target_specs(store)
+        self._by_key = {key: stored[key] for key in match_keys(patterns, list(stored))}
+        self.approximated = {}
+        for key, by_orientation in self._by_key.items():
+            missing = sorted(set(geometry.orientations) - set(by_orientation))
+            if missing and approximate:
+                self.approximated[key] = tuple(missing)
+            elif missing:
+                raise UsageError(
+                    f"{key}: orientations {missing} are not stored, other features have them; build the store with one "
+                    f"--orientations for all teachers, or name fewer features in distill.keys"
+                )
+            for spec in by_orientation.values():
+                token_box(spec, Box(0, 0, geometry.crop_px, geometry.lattice_px))
+            spec = next(iter(by_orientation.values()))
+            # Approximations are features, not codes, so a target that has some is read as features altogether.
+            plain = load_codec(EncodingSpec(), spec.layer.channels)
+            codec = plain if key in self.approximated else store.codec(spec.key)
+            # One mean and deviation for all orientations: a turned tile has the same values up to the teacher's
+            # equivariance, and the same token must not mean two things in two frames.
+            self.specs[key] = self._target(key, spec.stride_tile_px, spec.offset_tile_px, [spec.key], codec)
+
+    def arrays(self) -> list[FeatureSpec]:
+        frames = self.geometry.orientations
+        return [by[o] for by in self._by_key.values() for o in sorted({nearest_orientation(f, by) for f in frames})]
 
     def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, Codes]]:
         """Return for each request ``{key: codes of [h, w]}``; NaN in tokens that are not valid.
@@ -265,7 +326,7 @@ class CachedTargets(TargetMode):
             by_orientation[request.orientation].append(index)
         for key, specs in self._by_key.items():
             for orientation, indices in by_orientation.items():
-                rows, boxes = [requests[i].row for i in indices], [requests[i].box for i in indices]
+                rows, boxes = self.source_rows(requests[i] for i in indices), [requests[i].box for i in indices]
                 if key in self.approximated:
                     crops = read_crops(self.store, key, rows, boxes, orientation=orientation, approximate=True)
                     found = Codes(crops.values)
@@ -276,31 +337,6 @@ class CachedTargets(TargetMode):
                 for n, index in enumerate(indices):
                     results[index][key] = found[n]
         return results
-
-    def _build_command(self, data: Path) -> str:
-        teachers, compressor = [], ""
-        for name in sorted({spec.teacher.name for by in self._by_key.values() for spec in by.values()}):
-            # All that is stored of the teacher, not only what this run reads: the arrays of a view are built together.
-            specs = [
-                spec for by in target_specs(self.store).values() for spec in by.values() if spec.teacher.name == name
-            ]
-            base = base_size_px(specs[0].teacher, self.store.tile_px)
-            scales = sorted({spec.view.size_px / base for spec in specs}, reverse=True)
-            layers = "+".join(dict.fromkeys(spec.layer.name for spec in specs))
-            turns = len({spec.view.orientation for spec in specs})
-            scale = "+".join(f"{s:g}" for s in scales)
-            origin = specs[0].teacher.weights_origin
-            weights = ",weights=FILE" if origin.startswith("file ") else ""
-            if origin.startswith("seed "):
-                weights = f",pretrained=none,seed={origin.removeprefix('seed ')}"
-            encoding = specs[0].encoding
-            codec = codec_name(encoding.model_copy(update={"compressor": "none"}))
-            if codec != "float16":
-                weights += f",codec={codec}"
-            teachers.append(f"--teacher {asked_as(name)}{weights},layers={layers},scales={scale},orientations={turns}")
-            if encoding.compressor != "none":
-                compressor = f" --compressor {encoding.compressor}"
-        return f"rsmtdf cache build {data} --out {self.store.shown} {' '.join(teachers)}{compressor}"
 
 
 def _few(names: Sequence[str], most: int = 3) -> str:

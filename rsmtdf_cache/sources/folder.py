@@ -9,7 +9,8 @@
     DIR/splits/labeled/5.txt    subsets of train whose labels may be used; the name is free
     DIR/georeference.csv        optional: id,crs,a,b,c,d,e,f
 
-With ``masks: partial`` a tile may have no mask, unless it is in a labelled subset.
+With ``masks: partial`` a tile may have no mask, unless it is in a labelled subset that is used: a list of tiles can be
+there before their masks are drawn.
 """
 
 from __future__ import annotations
@@ -96,11 +97,12 @@ class FolderSource(TileSource):
     def check(self, splits: Sequence[str] | None = None) -> None:
         """Raise ``DataError`` for the first fault of the dataset as a whole.
 
-        File names and split files are checked throughout; masks are decoded for the asked ``splits`` alone. A tile
-        whose image cannot be used is no fault here: ``read_image`` says so, and its mask is not judged.
+        File names and split files are checked throughout; masks are decoded for the asked ``splits`` alone, and only
+        there has a tile of a labelled subset to have one (default: all). A tile whose image cannot be used is no fault
+        here: ``read_image`` says so, and its mask is not judged.
         """
         self._check_files()
-        self._check_splits()
+        self._check_splits(None if splits is None else self._asked(splits))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for _ in pool.map(self._check_mask, self.tiles(splits)):
                 pass
@@ -225,7 +227,7 @@ class FolderSource(TileSource):
                 f"({len(bare)} such images); add it, or set 'masks: partial' in dataset.yaml for tiles without labels"
             )
 
-    def _check_splits(self) -> None:
+    def _check_splits(self, asked: Sequence[str] | None) -> None:
         owner: dict[str, str] = {}
         for name in self.split_names():
             ids = self.split(name)
@@ -241,7 +243,8 @@ class FolderSource(TileSource):
                         f"{self._split_files[name]}: tile {tile_id!r} is not in splits/train.txt; a labelled subset "
                         "is a part of train"
                     )
-                if name.startswith(_LABELED) and tile_id not in self._masks:
+                used = asked is None or name in asked
+                if name.startswith(_LABELED) and used and tile_id not in self._masks:
                     raise DataError(f"{self._split_files[name]}: tile {tile_id!r} has no mask masks/{tile_id}.png")
 
     def _check_mask(self, tile: Tile) -> None:

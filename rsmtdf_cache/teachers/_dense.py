@@ -87,29 +87,49 @@ class DenseTeacher(Teacher):
         shape = tuple(tiles_BHW3.shape)
         if tiles_BHW3.dtype != torch.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2]:
             raise TypeError(f"tiles must be uint8 [B, H, H, 3], found {tiles_BHW3.dtype} {list(shape)}")
+        self._check_call(size_px, layers, precision)
+        with torch.inference_mode():
+            return self._run(self.normalised(tiles_BHW3, size_px), layers, precision)
+
+    def encode_images(
+        self, images_B3HW: Tensor, size_px: int, layers: Sequence[str], precision: str = "float32"
+    ) -> dict[str, Tensor]:
+        shape = tuple(images_B3HW.shape)
+        if not images_B3HW.is_floating_point() or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+            raise TypeError(f"images must be floating point [B, 3, H, H], found {images_B3HW.dtype} {list(shape)}")
+        self._check_call(size_px, layers, precision)
+        with torch.inference_mode():
+            images = self._resized(images_B3HW.to(self.device).float(), size_px, 1.0)
+            return self._run((images - self._mean) / self._std, layers, precision)
+
+    def _run(self, images_B3SS: Tensor, layers: Sequence[str], precision: str) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, _AUTOCAST.get(precision), enabled=precision != "float32"):
+            maps = self.forward_normalised(images_B3SS, layers)
+        return {layer: maps[layer].float().contiguous() for layer in layers}
+
+    def normalised(self, tiles_BHW3: Tensor, size_px: int) -> Tensor:
+        """Return ``[B, 3, size, size]`` float32: resized, clamped to 0..255 (bicubic overshoots), normalised."""
+        images = self._resized(tiles_BHW3.to(self.device).permute(0, 3, 1, 2).float(), size_px, 255.0)
+        return (images / 255 - self._mean) / self._std
+
+    def _resized(self, images_B3HW: Tensor, size_px: int, white: float) -> Tensor:
+        if images_B3HW.shape[-1] == size_px:
+            return images_B3HW
+        pixel = self.spec.pixel
+        resized = F.interpolate(
+            images_B3HW,
+            size=(size_px, size_px),
+            mode=pixel.resize,
+            antialias=pixel.antialias,
+            align_corners=pixel.align_corners,
+        )
+        return resized.clamp_(0, white)
+
+    def _check_call(self, size_px: int, layers: Sequence[str], precision: str) -> None:
         if precision != "float32" and precision not in _AUTOCAST:
             raise UsageError(f"precision {precision!r}: choose float32, {', '.join(_AUTOCAST)}")
         self._check_layers(layers)
         self._check_size(size_px)
-        with torch.inference_mode():
-            images = self.normalised(tiles_BHW3, size_px)
-            with torch.autocast(self.device.type, _AUTOCAST.get(precision), enabled=precision != "float32"):
-                maps = self.forward_normalised(images, layers)
-            return {layer: maps[layer].float().contiguous() for layer in layers}
-
-    def normalised(self, tiles_BHW3: Tensor, size_px: int) -> Tensor:
-        """Return ``[B, 3, size, size]`` float32: resized, clamped to 0..255 (bicubic overshoots), normalised."""
-        pixel = self.spec.pixel
-        images = tiles_BHW3.to(self.device).permute(0, 3, 1, 2).float()
-        if images.shape[-1] != size_px:
-            images = F.interpolate(
-                images,
-                size=(size_px, size_px),
-                mode=pixel.resize,
-                antialias=pixel.antialias,
-                align_corners=pixel.align_corners,
-            ).clamp_(0, 255)
-        return (images / 255 - self._mean) / self._std
 
     def _check_layers(self, layers: Sequence[str]) -> None:
         for layer in layers:

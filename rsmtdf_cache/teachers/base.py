@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rsmtdf_cache.errors import UsageError
 from rsmtdf_cache.positions import PositionRule
 from rsmtdf_cache.specs import LayerSpec, TeacherSpec
 
@@ -73,3 +74,17 @@ class Teacher(ABC):
         rule of ``spec.pixel``, normalises and runs the network under ``torch.inference_mode``; ``precision`` other
         than float32 is autocast. Raises ``TypeError`` for another dtype or shape (a caller's bug).
         """
+
+    def encode_images(
+        self, images_B3HW: Tensor, size_px: int, layers: Sequence[str], precision: str = "float32"
+    ) -> dict[str, Tensor]:
+        """Return what ``encode`` returns, for images that are not stored bytes, such as a student's augmented crops.
+
+        ``images_B3HW``: floating point RGB in 0..1, square. Resized by the rule of ``spec.pixel`` and kept in 0..1, not
+        rounded to 8 bits. As of ``encode``, what comes back are inference tensors. Raises ``TypeError`` for another
+        dtype or shape (a caller's bug), ``UsageError`` of a teacher that sees stored bytes only.
+        """
+        raise UsageError(
+            f"teacher {self.spec.name} sees stored tiles only: it has no encode_images, which online targets need; "
+            "use cached targets, or another teacher"
+        )

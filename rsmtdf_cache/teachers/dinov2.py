@@ -6,11 +6,9 @@ that ends in ``_paper`` sees views and positions as that method's released code 
 
 from __future__ import annotations
 
-import re
-
 import torch
-from torch import Tensor
 
+from rsmtdf_cache.released_layout import in_timm_layout
 from rsmtdf_cache.teachers._dense import PAPER_PIXELS
 from rsmtdf_cache.teachers._weights import take_weights
 from rsmtdf_cache.teachers.base import Teacher, TeacherRequest
@@ -29,26 +27,8 @@ def load(request: TeacherRequest, device: torch.device) -> Teacher:
     size, *variant = request.name.removeprefix("dinov2_").split("_")
     paper = variant == ["paper"]
     network = create(f"vit_{_SIZES[size]}_patch14_{'reg4_' if variant == ['reg'] else ''}dinov2.lvd142m")
-    origin = take_weights(request, network, lambda: hub_weights(request.name, network), _in_timm_layout)
+    origin = take_weights(request, network, lambda: hub_weights(request.name, network), in_timm_layout)
     return TimmTeacher(
         request, network, device, name=request.name, family="dinov2", origin=origin, license="Apache-2.0",
         pixel=PAPER_PIXELS if paper else None, positions="released" if paper else "antialiased",
     )  # fmt: skip
-
-
-def _in_timm_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the original release's tensors under timm's names; timm's own pass through.
-
-    timm has no mask token, calls the gated MLP's layers ``fc1`` and ``fc2``, and, with registers, folds the class
-    token's position embedding into the class token.
-    """
-    out = {
-        re.sub(r"\.mlp\.w3\.", ".mlp.fc2.", re.sub(r"\.mlp\.w12\.", ".mlp.fc1.", name)): tensor
-        for name, tensor in tensors.items()
-        if name != "mask_token"
-    }
-    if "register_tokens" in out and {"cls_token", "pos_embed"} <= out.keys():
-        out["reg_token"] = out.pop("register_tokens")
-        out["cls_token"] = out["cls_token"] + out["pos_embed"][:, :1]
-        out["pos_embed"] = out["pos_embed"][:, 1:]
-    return out

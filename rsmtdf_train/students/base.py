@@ -47,7 +47,9 @@ class Encoder(nn.Module, ABC):
 
 
 class Decoder(nn.Module, ABC):
-    """Feature maps to logits."""
+    """Feature maps to logits. ``reads``: numbers of the maps that have an effect; None: all."""
+
+    reads: tuple[int, ...] | None = None
 
     @abstractmethod
     def forward(self, maps_BDhw: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -75,6 +77,11 @@ class Student(nn.Module):
     def maps(self) -> tuple[MapSpec, ...]:
         """Channels and strides of what ``encode`` returns; the last one is the last decoder input."""
         return self.encoder.maps
+
+    @property
+    def decoder_reads(self) -> tuple[int, ...]:
+        """Numbers of the maps that the decoder reads: fusion into another one would do nothing."""
+        return tuple(range(len(self.maps))) if self.decoder.reads is None else self.decoder.reads
 
     @property
     def multiple_px(self) -> int:
@@ -109,13 +116,20 @@ def build_student(config: StudentConfig, classes: int, *, load_weights: bool = T
     """Return a freshly initialised student; weights come from the current random state or the encoder's file or hub.
 
     ``load_weights=False`` skips published weights, for a checkpoint that is loaded over them. Raises ``UsageError``
-    for an unknown encoder, ``ResourceError`` for weights out of reach, ``MismatchError`` for weights of another net.
+    for an unknown encoder or decoder and for two that do not go together, ``ResourceError`` for weights out of reach
+    and for a package that is not installed, ``MismatchError`` for weights of another net.
     """
     from rsmtdf_train.students.dpt import DptDecoder
     from rsmtdf_train.students.fpn import FpnDecoder
+    from rsmtdf_train.students.smp import SmpDecoder, needs
     from rsmtdf_train.students.timm_encoder import load_encoder
 
+    family, _, name = config.decoder.partition(":")
+    if family == "smp":
+        finest, deepest = needs(name)
+        encoder = load_encoder(config, load_weights=load_weights, finest=finest, deepest=deepest)
+        return Student(encoder, SmpDecoder(name, encoder.maps, classes, config.channels), classes)
     encoder = load_encoder(config, load_weights=load_weights)
-    if config.decoder == "dpt":
+    if family == "dpt":
         return Student(encoder, DptDecoder(encoder.maps, classes, config.channels), classes)
     return Student(encoder, FpnDecoder(encoder.maps, classes, config.channels), classes)

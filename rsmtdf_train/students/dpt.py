@@ -1,6 +1,8 @@
 """The dense prediction transformer head of RS-MTDF's student (Ranftl et al. 2021; recipe of the released code).
 
 Attribute names follow the published checkpoints of this head, so that such weights and reference numbers fit.
+Encoders with a pyramid of their own (CNNs, hierarchical transformers) enter the fusion blocks through one 3x3
+convolution for each map, as in the MiDaS models of the same authors (Ranftl et al. 2022; Birkl et al. 2023).
 All interpolation uses ``align_corners=True``; there is no batch norm.
 """
 
@@ -18,7 +20,10 @@ __all__ = ["DptDecoder"]
 
 
 class DptDecoder(Decoder):
-    """Four token maps of one stride → 4x, 2x, 1x, 1/2x pyramid → fusion blocks → logits at 8x the token grid."""
+    """Four token maps of one stride → 4x, 2x, 1x, 1/2x pyramid → fusion blocks → logits at 8x the token grid.
+
+    Four maps of rising strides are a pyramid already: logits come at half of the first stride.
+    """
 
     def __init__(
         self,
@@ -28,12 +33,31 @@ class DptDecoder(Decoder):
         out_channels: tuple[int, int, int, int] = (48, 96, 192, 384),
     ) -> None:
         super().__init__()
-        if len(maps) != 4 or len({m.stride_px for m in maps}) != 1:
+        strides = [m.stride_px for m in maps]
+        tokens = len(set(strides)) == 1
+        if len(maps) != 4 or not (tokens or strides == sorted(set(strides))):
             raise UsageError(
-                "decoder dpt needs an encoder with one token stride (a ViT), found strides "
-                f"{', '.join(str(m.stride_px) for m in maps)}; set student.decoder: fpn"
+                "decoder dpt needs four maps of one token stride (a ViT) or of rising strides, found strides "
+                f"{', '.join(map(str, strides))}; set student.decoder: fpn"
             )
-        a, b, c, d = out_channels
+        if tokens:
+            self._spread_tokens(maps, out_channels)
+            widths = out_channels
+        else:
+            self.projects = nn.ModuleList(nn.Identity() for _ in maps)
+            self.resize_layers = nn.ModuleList(nn.Identity() for _ in maps)
+            a, b, c, d = (m.channels for m in maps)
+            widths = (a, b, c, d)
+        self.scratch = nn.Module()
+        for i, o in enumerate(widths, start=1):
+            self.scratch.add_module(f"layer{i}_rn", nn.Conv2d(o, features, 3, padding=1, bias=False))
+            self.scratch.add_module(f"refinenet{i}", _FusionBlock(features))
+        self.scratch.output_conv = nn.Sequential(
+            nn.Conv2d(features, features, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(features, classes, 1)
+        )
+
+    def _spread_tokens(self, maps: Sequence[MapSpec], out_channels: tuple[int, int, int, int]) -> None:
+        a, b, _, d = out_channels
         self.projects = nn.ModuleList(nn.Conv2d(m.channels, o, 1) for m, o in zip(maps, out_channels, strict=True))
         self.resize_layers = nn.ModuleList(
             [
@@ -42,13 +66,6 @@ class DptDecoder(Decoder):
                 nn.Identity(),
                 nn.Conv2d(d, d, 3, stride=2, padding=1),
             ]
-        )
-        self.scratch = nn.Module()
-        for i, o in enumerate((a, b, c, d), start=1):
-            self.scratch.add_module(f"layer{i}_rn", nn.Conv2d(o, features, 3, padding=1, bias=False))
-            self.scratch.add_module(f"refinenet{i}", _FusionBlock(features))
-        self.scratch.output_conv = nn.Sequential(
-            nn.Conv2d(features, features, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(features, classes, 1)
         )
 
     def forward(self, maps_BDhw: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

@@ -7,62 +7,25 @@ that are formulas. Features are accepted within 1e-4.
 from __future__ import annotations
 
 import json
-import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from rsmtdf_cache import teachers
-from rsmtdf_cache.teachers._dense import DenseTeacher
-from rsmtdf_cache.teachers.base import TeacherRequest
 from rsmtdf_cache.views import view_specs
 from rsmtdf_train.sections import StudentConfig
 from rsmtdf_train.students.base import Student, build_student
+from tests.formula import SIDE, clip_teacher, dinov2_teacher, fill, formula_images
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "forward_seed7.json"
-SEED, SIDE = 7, 518
+SEED = 7
 BLOCKS = (2, 5, 8, 11)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def formula_weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return the reference weights: a function of the name and the shape alone."""
-    x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    leaf = name.rsplit(".", 1)[-1]
-    if "norm" in name or ".ln_" in name or name.startswith("ln_"):
-        x = 1 + 0.1 * x if leaf == "weight" else 0.1 * x
-    elif leaf == "gamma":
-        x = 0.5 + 0.1 * x
-    elif leaf in ("pos_embed", "cls_token", "class_embedding", "positional_embedding"):
-        x = 0.5 * x
-    elif leaf == "bias" or leaf.endswith("_bias"):
-        x = 0.02 * x
-    elif len(shape) > 1:
-        x = x / np.sqrt(np.prod(shape[1:]))
-    else:
-        x = 0.02 * x
-    return torch.from_numpy(x.astype(np.float32))
-
-
-def fill(network: nn.Module, prefix: str) -> None:
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(formula_weight(prefix + name, tuple(parameter.shape)))
-
-
-@cache
-def formula_tile() -> Tensor:
-    """Return the reference image ``[1, 518, 518, 3]`` as a tile: its values are whole numbers."""
-    noise = np.random.RandomState(SEED).uniform(0, 255, (1, SIDE // 7, SIDE // 7, 3)).astype(np.float32)
-    image = F.interpolate(torch.from_numpy(noise).permute(0, 3, 1, 2), size=(SIDE, SIDE), mode="bilinear")
-    return image.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def recorded(key: str) -> dict[str, Any]:
@@ -85,26 +48,18 @@ def assert_recorded(found: Tensor, key: str) -> None:
 
 
 def test_the_dinov2_target_of_the_released_method_is_reproduced_from_pixels() -> None:
-    teacher = teachers.load(TeacherRequest("dinov2_vitb14_paper", "none"))
-    assert isinstance(teacher, DenseTeacher)
-    fill(teacher.network, "dinov2_vitb14.")
+    teacher = dinov2_teacher()
     (view,) = view_specs(teacher.spec, SIDE, (1.0,), 1)
-    assert_recorded(teacher.normalised(formula_tile(), view.size_px), "input")
-    tokens = teacher.encode(formula_tile(), view.size_px, ["block11"])["block11"]
+    assert_recorded(teacher.normalised(formula_images(SEED, 1).permute(0, 2, 3, 1), view.size_px), "input")
+    tokens = teacher.encode(formula_images(SEED, 1).permute(0, 2, 3, 1), view.size_px, ["block11"])["block11"]
     assert_recorded(tokens.flatten(1, 2), "dinov2_vitb14.layer11")
 
 
 def test_the_clip_target_of_the_released_method_is_reproduced_from_pixels() -> None:
-    from rsmtdf_cache.teachers.clip import ClipTeacher, image_tower
-
-    with torch.device("meta"):  # spares the random start of 304 M parameters
-        tower = image_tower("ViT-L-14-quickgelu")
-    tower = tower.to_empty(device="cpu")
-    fill(tower, "clip_vitl14.visual.")
-    teacher = ClipTeacher(TeacherRequest("clip_vitl14_paper"), tower, "formula", torch.device("cpu"))
+    teacher = clip_teacher()
     (view,) = view_specs(teacher.spec, SIDE, (1.0,), 1)
     assert view.size_px == 224  # the student's second input: aligned corners, ImageNet statistics and all
-    tokens = teacher.encode(formula_tile(), view.size_px, ["block23"])["block23"]
+    tokens = teacher.encode(formula_images(SEED, 1).permute(0, 2, 3, 1), view.size_px, ["block23"])["block23"]
     assert_recorded(tokens.flatten(1, 2), "clip_vitl14.tokens")
 
 
@@ -120,7 +75,7 @@ def student(positions: str) -> Student:
 
 
 def student_tokens(positions: str, side: int) -> list[Tensor]:
-    image = formula_tile().permute(0, 3, 1, 2).float() / 255
+    image = formula_images(SEED, 1).float() / 255
     if side != SIDE:
         image = F.interpolate(image, size=(side, side), mode="bilinear", align_corners=True)
     with torch.inference_mode():

@@ -33,7 +33,6 @@ from rsmtdf_cache.verify import verify_store
 from rsmtdf_cache.views import Box
 from rsmtdf_train.loader import BatchLoader
 from rsmtdf_train.recipe import Recipe
-from rsmtdf_train.step import batch_to
 from tests.datasets import write_dataset, write_split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -305,16 +304,15 @@ def test_training_batches_carry_codes_and_decode_to_the_standardised_features(
     assert loader.unlabeled is not None and loader.targets is not None
     batch, draws = loader.batch(2), loader.unlabeled.draws(2, 3)
     assert batch.unlabeled is not None and not batch.unlabeled.targets.features
-    decoded = batch_to(batch, torch.device("cpu")).unlabeled
-    assert decoded is not None
+    decoded = batch.unlabeled.targets.decoded(torch.device("cpu"))
     for key, spec in loader.targets.specs.items():
         travelling = batch.unlabeled.targets.codes[key]
         assert travelling.values.dtype == torch.int8 and travelling.scale is not None
         rows = [store.tiles.row_of(d.tile_id) for d in draws]
         own = next(k for k in store.keys() if k.layer == key.rsplit("/", 1)[1])
         wanted = (store.read(own, rows, [d.box for d in draws]).values.astype(np.float32) - spec.mean) / spec.std
-        assert np.allclose(decoded.targets.features[key].numpy(), wanted, rtol=2e-3, atol=5e-3)
-        assert bool((decoded.targets.weights[key] == 1).all())
+        assert np.allclose(decoded.features[key].numpy(), wanted, rtol=2e-3, atol=5e-3)
+        assert bool((decoded.weights[key] == 1).all())
 
 
 def test_the_command_that_a_run_prints_for_missing_tiles_names_the_codec(

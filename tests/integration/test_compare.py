@@ -13,7 +13,7 @@ from rsmtdf_cache.errors import MismatchError
 from rsmtdf_cache.events import Event, ProgressEnd, ProgressStart
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.sources import open_source
-from rsmtdf_train.compare import ARMS, Comparison, compare_arms
+from rsmtdf_train.compare import DEFAULT_ARMS, Comparison, compare_arms
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.showcase import choose_tiles, picture_arms
 from tests.datasets import write_dataset
@@ -55,7 +55,7 @@ def test_every_arm_is_scored_and_the_table_is_written_with_its_context(
     root: Path, compared: tuple[Comparison, list[Event]]
 ) -> None:
     result, _ = compared
-    assert [row.arm for row in result.rows] == list(ARMS)
+    assert [row.arm for row in result.rows] == list(DEFAULT_ARMS)
     for row in result.rows:
         metrics = json.loads((row.runs[0] / "metrics.json").read_text())
         ious = {c["name"]: c["iou"] for c in metrics["scores"]["ema"]["classes"]}

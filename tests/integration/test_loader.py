@@ -7,6 +7,7 @@ image, label and features must name the same place.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Sequence
@@ -31,11 +32,14 @@ from rsmtdf_cache.tiles import TileRecord, pixel_digest
 from rsmtdf_cache.views import Box, inverse_orientation, orient_point
 from rsmtdf_cache.writer import UnitWriter
 from rsmtdf_train.augment import cutmix, cutmix_targets
+from rsmtdf_train.dataset import TileDataset
+from rsmtdf_train.geometry import Geometry
+from rsmtdf_train.live import LiveTeachers
 from rsmtdf_train.loader import BatchLoader
 from rsmtdf_train.loop import train
+from rsmtdf_train.online import MixedTargets
 from rsmtdf_train.recipe import Recipe
-from rsmtdf_train.sample import Batch
-from rsmtdf_train.step import batch_to
+from rsmtdf_train.sample import Batch, LabeledBatch, UnlabeledBatch
 from rsmtdf_train.targets import CachedTargets, TargetRequest, store_geometry
 from tests.datasets import write_dataset
 
@@ -133,24 +137,39 @@ def open_loader(data: Path, store: FeatureStore | None, threads: int = 1, **chan
     return BatchLoader.open(open_source(data), recipe(data, **changes), store, threads)
 
 
+def lattice(loader: BatchLoader) -> Geometry:
+    assert isinstance(loader.dataset.geometry, Geometry)
+    return loader.dataset.geometry
+
+
 def decoded(batch: Batch) -> Batch:
-    return batch_to(batch, torch.device("cpu"))
+    """The batch with features for codes."""
+    cpu = torch.device("cpu")
+    unlabeled = batch.unlabeled
+    return dataclasses.replace(
+        batch,
+        labeled=dataclasses.replace(batch.labeled, targets=batch.labeled.targets.decoded(cpu)),
+        unlabeled=unlabeled and dataclasses.replace(unlabeled, targets=unlabeled.targets.decoded(cpu)),
+    )
+
+
+def rows_of(half: LabeledBatch | UnlabeledBatch, targets: bool = True) -> list[tuple[object, ...]]:
+    """All that a batch says of each of its crops, as values."""
+    tensors = [half.image, half.label, half.valid]
+    photometry: list[tuple[object, ...]] = []
+    if isinstance(half, UnlabeledBatch):
+        tensors += [view.cutmix_boxes for view in half.views]
+        photometry = [view.photometry.parameters for view in half.views]
+    if targets:
+        found = half.targets.decoded(torch.device("cpu"))
+        tensors += [t[key] for t in (found.features, found.weights) for key in sorted(t)]
+    return [(*(t[i].numpy().tobytes() for t in tensors), *(p[i] for p in photometry)) for i in range(len(half.image))]
 
 
 def same(a: Batch, b: Batch, targets: bool = True) -> bool:
-    def tensors(batch: Batch) -> list[torch.Tensor]:
-        found = [batch.labeled.image, batch.labeled.label]
-        parts = [batch.labeled.targets]
-        if batch.unlabeled is not None:
-            u = batch.unlabeled
-            found += [u.weak, u.strong, u.valid, u.label, u.cutmix_boxes]
-            parts.append(u.targets)
-        if targets:
-            found += [t[k] for p in parts for t in (p.features, p.weights) for k in sorted(t)]
-        return found
-
-    x, y = tensors(decoded(a)), tensors(decoded(b))
-    return len(x) == len(y) and all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+    halves = (a.labeled, a.unlabeled), (b.labeled, b.unlabeled)
+    x, y = ([half and rows_of(half, targets) for half in pair] for pair in halves)
+    return x == y
 
 
 def test_image_label_and_features_of_a_sample_name_the_same_place(data: Path, store: FeatureStore) -> None:
@@ -208,18 +227,20 @@ def test_batch_has_the_shapes_dtypes_and_ranges_of_the_contract(data: Path, stor
     batch = decoded(open_loader(data, store).batch(0))
     u = batch.unlabeled
     assert u is not None
-    assert batch.labeled.image.shape == (3, 3, 32, 32) and u.weak.shape == u.strong.shape == (5, 3, 32, 32)
-    assert batch.labeled.image.dtype == u.strong.dtype == torch.float32
-    assert batch.labeled.label.dtype == u.label.dtype == u.cutmix_boxes.dtype == torch.int64
-    assert u.valid.dtype == torch.bool and u.valid.shape == u.label.shape == (5, 32, 32) and bool(u.valid.all())
-    assert float(u.strong.min()) >= 0 and float(u.strong.max()) <= 1
-    assert float(u.weak.min()) >= 0 and float(u.weak.max()) <= np.float32(63 / 255)  # uint8 / 255, nothing else
-    assert not torch.equal(u.weak, u.strong)
-    assert u.cutmix_boxes.shape == (5, 4)
+    assert batch.labeled.image.shape == (3, 3, 32, 32) and u.image.shape == (5, 3, 32, 32)
+    assert batch.labeled.image.dtype == u.image.dtype == torch.uint8
+    assert u.image.is_contiguous() and int(u.image[:, 1:].max()) == TILE_PX - 1  # pixels as they are in the files
+    (view,) = u.views
+    assert batch.labeled.label.dtype == u.label.dtype == view.cutmix_boxes.dtype == torch.int64
+    for half in (batch.labeled, u):
+        assert half.valid.dtype == torch.bool and half.valid.shape == half.label.shape and bool(half.valid.all())
+    assert u.label.shape == (5, 32, 32) and view.cutmix_boxes.shape == (5, 4) and len(view.photometry) == 5
+    weak = u.image.float() / 255
+    assert not torch.equal(view.photometry.apply(weak), weak)
 
 
 def numbers(images: torch.Tensor) -> set[int]:
-    return set((images[:, 0] * 255).round().int().flatten().tolist())
+    return set(images[:, 0].flatten().tolist())
 
 
 def test_labelled_crops_come_from_the_subset_and_unlabelled_ones_from_all_of_train(
@@ -228,16 +249,16 @@ def test_labelled_crops_come_from_the_subset_and_unlabelled_ones_from_all_of_tra
     loader = open_loader(data, store)
     batches = [decoded(loader.batch(s)) for s in range(8)]
     labeled = {n for b in batches for n in numbers(b.labeled.image)}
-    unlabeled = {n for b in batches if b.unlabeled for n in numbers(b.unlabeled.weak)}
+    unlabeled = {n for b in batches if b.unlabeled for n in numbers(b.unlabeled.image)}
     assert labeled == set(LABELED)
     assert unlabeled == set(TRAIN)
 
 
 def test_batches_do_not_depend_on_threads_or_on_where_a_run_resumes(data: Path, store: FeatureStore) -> None:
-    one = list(open_loader(data, store).iterate(0, 7))
+    one = [b for (b,) in open_loader(data, store).iterate(0, 7)]
     assert [b.step for b in one] == list(range(7))
-    three = list(open_loader(data, FeatureStore.open(store.path), threads=3).iterate(0, 7))
-    resumed = list(open_loader(data, store, threads=2).iterate(4, 7))
+    three = [b for (b,) in open_loader(data, FeatureStore.open(store.path), threads=3).iterate(0, 7)]
+    resumed = [b for (b,) in open_loader(data, store, threads=2).iterate(4, 7)]
     assert all(same(a, b) for a, b in zip(one, three, strict=True))
     assert all(same(a, b) for a, b in zip(one[4:], resumed, strict=True))
 
@@ -276,14 +297,121 @@ def test_a_token_that_is_not_valid_has_no_weight_and_no_value(data: Path, tmp_pa
             assert zeros == ([] if expected is None else [expected])
         assert bool(targets.features[key].isfinite().all())
     partial = FeatureStore.open(write_store(data, tmp_path / "partial", commit_groups=1))
-    cached = CachedTargets(partial, (), loader.dataset.geometry)
+    cached = CachedTargets(partial, (), lattice(loader))
     there, missing = cached.read([TargetRequest(row, 2, Box(0, 16, 32, 32)) for row in (0, GROUP_ROWS)])
     assert there["fine/s64/a"].valid.all() and not missing["fine/s64/a"].valid.any()
 
 
+def test_padded_tokens_count_where_the_recipe_says_so_but_not_those_without_features(
+    data: Path, store: FeatureStore
+) -> None:
+    loader = open_loader(data, store, distill={"padding": True})
+    assert loader.unlabeled is not None
+    first, second = loader.dataset.samples(loader.unlabeled.draws(0, 2))
+    first.features["fine/s64/a"].values[1, 2, 0] = np.nan
+    second.valid[16:] = False
+    weights = loader.stack_targets([first, second]).decoded(torch.device("cpu")).weights
+    assert [tuple(place) for place in (weights["fine/s64/a"] == 0).nonzero().tolist()] == [(0, 1, 2)]
+    assert bool((weights["coarse/s64/b"] == 1).all())
+
+
+# --- parts, second views, the rest -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+def test_parts_of_a_batch_hold_its_crops_once_and_keep_partners_together(
+    data: Path, store: FeatureStore, parts: int
+) -> None:
+    loader = open_loader(data, store, batch={"labeled": 6, "unlabeled": 12}, method="unimatch")
+    whole, pieces = loader.batch(3), [loader.batch(3, part, parts) for part in range(parts)]
+    assert whole.unlabeled is not None
+    labeled, unlabeled = rows_of(whole.labeled), rows_of(whole.unlabeled)
+    assert [row for piece in pieces for row in rows_of(piece.labeled)] == labeled
+    partner = {row: unlabeled[-1 - i] for i, row in enumerate(unlabeled)}
+    found = []
+    for piece in pieces:
+        assert piece.step == 3 and piece.unlabeled is not None
+        rows = rows_of(piece.unlabeled)
+        assert len(rows) == 12 // parts
+        assert [partner[row] for row in rows] == rows[::-1]
+        found += rows
+    assert len(partner) == 12 and sorted(map(unlabeled.index, found)) == list(range(12))
+    mixed = [cutmix(u.image, u.views[1].cutmix_boxes) for u in [whole.unlabeled, *(p.unlabeled for p in pieces)] if u]
+    order = [unlabeled.index(row) for row in found]
+    assert torch.equal(mixed[0][order], torch.cat(mixed[1:])), "CutMix of a part is not that of the whole batch"
+
+
+def test_parts_of_a_step_come_together_and_in_order(data: Path, store: FeatureStore) -> None:
+    loader = open_loader(data, store, threads=3, batch={"labeled": 4, "unlabeled": 8})
+    steps = list(loader.iterate(2, 5, parts=(2, 3), of=4))
+    assert [[b.step for b in some] for some in steps] == [[2, 2], [3, 3], [4, 4]]
+    for step, some in zip(range(2, 5), steps, strict=True):
+        assert all(same(b, loader.batch(step, part, 4)) for part, b in zip((2, 3), some, strict=True))
+    with pytest.raises(ValueError, match="part 4 of 4"):
+        loader.batch(0, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "of", "named"),
+    [((3, 8), 2, r"batch.labeled 3 .* 2 .*choose 2 or 4"), ((4, 10), 4, r"batch.unlabeled 10 .* 4 .*choose 8 or 16")],
+)
+def test_a_batch_that_cannot_be_cut_evenly_is_refused_before_the_first_step(
+    data: Path, store: FeatureStore, sizes: tuple[int, int], of: int, named: str
+) -> None:
+    loader = open_loader(data, store, batch=dict(zip(("labeled", "unlabeled"), sizes, strict=True)))
+    with pytest.raises(UsageError, match=named):
+        loader.iterate(0, 1, of=of)
+    assert loader.batch(0).unlabeled is not None
+    off: dict[str, Any] = {"distill": False, "method": "supervised"}
+    assert open_loader(data, store, batch={"labeled": 4, "unlabeled": 3}, **off).batch(0, 1, 2).unlabeled is None
+
+
+def test_a_second_strong_view_leaves_the_first_as_fixmatch_has_it(data: Path, store: FeatureStore) -> None:
+    twenty = {"labeled": 2, "unlabeled": 20}
+    one = open_loader(data, store, batch=twenty).batch(1).unlabeled
+    two = open_loader(data, store, batch=twenty, method="unimatch").batch(1).unlabeled
+    assert one is not None and two is not None and len(two.views) == 2
+    first, second = two.views
+    assert rows_of(dataclasses.replace(two, views=(first,))) == rows_of(one)
+    assert all(a != b for a, b in zip(first.photometry.parameters, second.photometry.parameters, strict=True))
+    assert not torch.equal(first.cutmix_boxes, second.cutmix_boxes)
+    boxed = [{i for i, box in enumerate(view.cutmix_boxes.tolist()) if any(box)} for view in two.views]
+    assert boxed[0] != boxed[1] and all(0 < len(some) < 20 for some in boxed)
+
+
+def test_the_rest_leaves_the_labelled_tiles_out_of_the_unlabelled_stream(data: Path, store: FeatureStore) -> None:
+    loader = open_loader(data, store, unlabeled="rest")
+    seen = {n for s in range(4) for b in [loader.batch(s).unlabeled] if b for n in numbers(b.image)}
+    assert seen == set(TRAIN) - set(LABELED)
+    assert loader.tiles_per_epoch == len(seen) and open_loader(data, store).tiles_per_epoch == len(TRAIN)
+    assert open_loader(data, store, distill=False, method="supervised").tiles_per_epoch == len(LABELED)
+
+
+def test_no_rest_is_refused(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "d", tiles=6, tile_px=64, labeled={"all": [0, 1, 2, 3]})
+    with pytest.raises(DataError, match=r"rest.*'all'.*all 4.*unlabeled: all"):
+        open_loader(data, None, distill=False, labeled="all", unlabeled="rest")
+
+
+def test_features_are_read_only_at_steps_that_use_them(data: Path, store: FeatureStore) -> None:
+    cached = open_loader(data, store)
+    dataset = cached.dataset
+    assert isinstance(cached.targets, CachedTargets)
+    mixed = MixedTargets(cached.targets, LiveTeachers((), {}), seed=0, share=0.5)
+    both = TileDataset(dataset.source, mixed, dataset.geometry)
+    online = {step for step in range(12) if mixed.is_online(step)}
+    assert 0 < len(online) < 12
+    plain, probed = (BatchLoader(both, recipe(data, targets="mixed(0.5)", probe=probe)) for probe in (False, True))
+    for step in range(12):
+        batch = plain.batch(step)
+        assert same(batch, cached.batch(step), targets=step not in online)
+        assert bool(batch.labeled.targets.codes) == (step not in online)
+        assert same(probed.batch(step), cached.batch(step)), "a probe needs stored features at every step"
+
+
 def test_without_a_store_crops_lie_on_the_default_lattice_in_all_orientations(data: Path) -> None:
     loader = open_loader(data, None, distill=False, fuse=False, targets="none")
-    geometry = loader.dataset.geometry
+    geometry = lattice(loader)
     assert (geometry.lattice_px, geometry.orientations) == (32, tuple(range(8)))
     assert decoded(loader.batch(0)).unlabeled is not None
     with pytest.raises(UsageError, match="--use-cache"):
@@ -345,7 +473,7 @@ def test_an_error_of_a_batch_reaches_the_caller_and_no_thread_is_left(data: Path
 
 def test_leaving_the_iteration_early_ends_its_threads(data: Path, store: FeatureStore) -> None:
     batches = open_loader(data, store, threads=2).iterate(0, 1000)
-    assert next(batches).step == 0
+    assert next(batches)[0].step == 0
     assert [t for t in threading.enumerate() if t.name.startswith("rsmtdf-loader")]
     batches.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("rsmtdf-loader")]
@@ -382,15 +510,15 @@ def two_frames(data: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureS
 def test_orientations_that_are_not_stored_are_drawn_only_when_the_recipe_says_so(
     data: Path, two_frames: FeatureStore
 ) -> None:
-    assert open_loader(data, two_frames).dataset.geometry.orientations == (0, 4)
+    assert lattice(open_loader(data, two_frames)).orientations == (0, 4)
     loader = open_loader(data, two_frames, **APPROXIMATE)
-    assert loader.dataset.geometry.orientations == tuple(range(8)) and loader.targets is not None
+    assert lattice(loader).orientations == tuple(range(8)) and loader.targets is not None
     assert loader.targets.approximated == dict.fromkeys(loader.targets.specs, (1, 2, 3, 5, 6, 7))
     refusing = CachedTargets(two_frames, (), store_geometry(two_frames, 32))
     with pytest.raises(UsageError, match="orientation 2 is not stored"):
         refusing.read([TargetRequest(0, 2, Box(0, 0, 32, 32))])
     with pytest.raises(UsageError, match=r"orientations \[1, 2, 3, 5, 6, 7\] are not stored"):
-        CachedTargets(two_frames, (), loader.dataset.geometry)
+        CachedTargets(two_frames, (), lattice(loader))
     with pytest.raises(ValueError, match="orientations is false"):
         recipe(data, augment={"approximate_orientations": True, "orientations": False})
 
@@ -403,8 +531,9 @@ def test_approximated_features_name_the_place_of_the_image_in_all_eight_frames_a
     assert loader.unlabeled is not None
     draws, unlabeled = loader.unlabeled.draws(0, 40), decoded(loader.batch(0)).unlabeled
     assert unlabeled is not None and {d.orientation for d in draws} == set(range(8))
-    pixels = (cutmix(unlabeled.weak, unlabeled.cutmix_boxes) * 255).round().numpy()
-    mixed = cutmix_targets(unlabeled.targets, unlabeled.cutmix_boxes, 32, loader.offsets_px)
+    boxes = unlabeled.views[0].cutmix_boxes
+    pixels = cutmix(unlabeled.image, boxes).float().numpy()
+    mixed = cutmix_targets(unlabeled.targets, boxes, 32, loader.offsets_px)
     for key, spec in (loader.targets.specs if loader.targets else {}).items():
         values = mixed.features[key].numpy()[..., :3] * spec.std[:3] + spec.mean[:3]
         weights = mixed.weights[key].numpy()

@@ -510,24 +510,28 @@ def test_an_unfinished_run_is_refused_when_its_snapshot_is_gone(data: Path, stor
     assert str(store) in str(read_run_store(tmp_path / "run"))
 
 
-def test_a_complete_run_says_so_without_its_store(data: Path, store: Path, tmp_path: Path) -> None:
-    first = run(recipe(data), tmp_path / "run", store)
+@pytest.mark.parametrize("length", [{}, {"steps": None, "epochs": 0.5}])
+def test_a_complete_run_says_so_without_its_store(
+    data: Path, store: Path, tmp_path: Path, length: dict[str, object]
+) -> None:
+    asked = recipe(data, **length)
+    first = run(asked, tmp_path / "run", store)
     file = tmp_path / "r.yaml"
-    file.write_text(recipe(data).to_yaml())
+    file.write_text(asked.to_yaml())
     shutil.rmtree(store)
     for rebuilt in (False, True):
         if rebuilt:
             build(data, store, teachers=["mean,layers=mean16"])
-        again = train(recipe(data), tmp_path / "run", store, device="cpu", tensorboard=False)
+        again = train(asked, tmp_path / "run", store, device="cpu", tensorboard=False)
         assert again.resumed_at == again.steps and again.metrics == first
-        run_jobs([TrainingJob("a", recipe(data), tmp_path / "run", store=store, device="cpu")])
+        run_jobs([TrainingJob("a", asked, tmp_path / "run", store=store, device="cpu")])
         shown = CliRunner().invoke(app, ["train", str(file), "--use-cache", "--out", str(tmp_path / "run")])
         assert shown.exit_code == 0 and "is complete already" in shown.stderr
     for other in (recipe(data, seed=1), recipe(data, steps=4)):
         with pytest.raises(MismatchError):
             run(other, tmp_path / "run", store)
     with pytest.raises(MismatchError):  # nothing is left that a pin could keep
-        run(recipe(data), tmp_path / "run", store, pin=True)
+        run(asked, tmp_path / "run", store, pin=True)
 
 
 def test_naming_another_snapshot_than_the_runs_own_is_refused(data: Path, store: Path, tmp_path: Path) -> None:
@@ -539,7 +543,9 @@ def test_naming_another_snapshot_than_the_runs_own_is_refused(data: Path, store:
 
 
 def test_jobs_of_one_call_read_one_snapshot_however_the_store_grows(data: Path, store: Path, tmp_path: Path) -> None:
-    chosen = recipe(data, distill=None, fuse=None, targets="none", method="supervised")
+    chosen = recipe(
+        data, distill=None, fuse=None, targets="none", method="supervised", steps=None, epochs=3
+    )  # an epoch is counted before the first run
     jobs = [TrainingJob(n, chosen, tmp_path / n, store=store, device="cpu") for n in ("a", "b")]
     run_jobs(jobs[:1])
     before = grow(data, store)

@@ -17,8 +17,7 @@ from rsmtdf_cache.fixed_views import FixedView, describe_view, draw, draw_fixed_
 from rsmtdf_cache.photometry import photometric
 from rsmtdf_cache.specs import CropSpec, EncodingSpec, FeatureSpec, PhotometrySpec, ViewSpec
 from rsmtdf_cache.views import inverse_orientation, orient, orient_point, render
-from rsmtdf_train.augment import PhotometricParameters
-from rsmtdf_train.augment import photometric as strong_view
+from rsmtdf_train.photometry import PhotometricParameters, Photometry
 from tests.datasets import make_tile
 from tests.teachers import MeanTeacher
 
@@ -148,7 +147,8 @@ def test_colours_are_those_of_the_trainers_strong_view(change: PhotometrySpec) -
     same = PhotometricParameters(
         change.brightness, change.contrast, change.saturation, change.hue, (0, 1, 2, 3), change.grey, change.blur_px
     )
-    expected = strong_view(torch.from_numpy(tile).permute(2, 0, 1).float() / 255, same).permute(1, 2, 0).numpy() * 255
+    image = torch.from_numpy(tile).permute(2, 0, 1).float()[None] / 255
+    expected = Photometry([same]).apply(image)[0].permute(1, 2, 0).numpy() * 255
     assert np.abs(photometric(tile, change).astype(np.float64) - expected).max() <= 0.51
 
 

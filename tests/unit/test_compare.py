@@ -8,21 +8,45 @@ import numpy as np
 import pytest
 
 from rsmtdf_cache.errors import UsageError
-from rsmtdf_train.compare import ARMS, arm_recipe, paired_difference
+from rsmtdf_train.arms import ARMS, arm_recipe
+from rsmtdf_train.compare import paired_difference
 from rsmtdf_train.jobs import TrainingJob, run_jobs
 from rsmtdf_train.recipe import Recipe
 
 RECIPE = Recipe(data=Path("data"))
 
 
-def test_arms_differ_in_method_and_distillation_only() -> None:
-    plain = {arm: arm_recipe(RECIPE, arm).model_dump() for arm in ARMS}
-    differing = {arm: {k for k in plain[arm] if plain[arm][k] != plain["fixmatch"][k]} for arm in ARMS}
-    assert differing == {"supervised": {"method"}, "fixmatch": set(), "cached": {"distill", "fuse", "targets"}}
+#: What each arm changes in the recipe ``PRESET``, and nothing else.
+CHANGES = {
+    "supervised": {"method", "targets", "distill", "fuse", "probe"},
+    "fixmatch": {"targets", "distill", "fuse", "probe"},
+    "unimatch": {"method", "targets", "distill", "fuse", "probe"},
+    "online": {"targets", "fuse", "probe"},
+    "distilled": {"fuse", "probe"},
+    "cached": {"probe"},
+    "privileged": {"probe", "privileged"},
+    "preset": set(),
+    "random": set(),  # another store
+    "shuffled": {"distill"},
+}
+PRESET = Recipe.model_validate({"data": "data", "probe": {"hold": 0.5}, "distill": {"hidden": 8}})
+
+
+def test_arms_change_what_they_are_named_for_and_nothing_else() -> None:
+    whole = PRESET.model_dump()
+    found = {}
+    for arm in ARMS:
+        changed = arm_recipe(PRESET, arm).model_dump()
+        found[arm] = {key for key in whole if changed[key] != whole[key]}
+    assert found == CHANGES
+    shuffled, distill = arm_recipe(PRESET, "shuffled").distill, PRESET.distill
+    assert shuffled is not None and distill is not None
+    assert shuffled == distill.model_copy(update={"control": "shuffled"})
+    assert {arm for arm, entry in ARMS.items() if entry.random_teachers} == {"random"}
 
 
 def test_an_unknown_arm_and_a_cached_arm_without_distillation_are_refused() -> None:
-    with pytest.raises(UsageError, match="supervised, fixmatch, cached"):
+    with pytest.raises(UsageError, match="supervised, fixmatch, "):
         arm_recipe(RECIPE, "both")
     with pytest.raises(UsageError, match="distill: false"):
         arm_recipe(RECIPE.without_distillation(), "cached")

@@ -1,0 +1,242 @@
+"""A step cut into parts, and a run on several processes, are the step and the run of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rsmtdf_cache.build import build_store
+from rsmtdf_cache.errors import DataError, Interrupted
+from rsmtdf_cache.request import BuildRequest
+from rsmtdf_cache.sources import open_source
+from rsmtdf_cache.store import FeatureStore
+from rsmtdf_cli.training import one_voice
+from rsmtdf_train.checkpoint import RunFolder, load_deployed
+from rsmtdf_train.evaluate import evaluate
+from rsmtdf_train.fusion import TargetShape
+from rsmtdf_train.loader import BatchLoader
+from rsmtdf_train.loop import train
+from rsmtdf_train.losses import SupervisedLoss
+from rsmtdf_train.prepare import StepTools, part_to
+from rsmtdf_train.recipe import Recipe
+from rsmtdf_train.sample import Batch, Targets
+from rsmtdf_train.state import TrainState, build_state
+from rsmtdf_train.step import train_step
+from tests.commands import Command, start_ranks, torchrun
+from tests.datasets import write_dataset
+from tests.teachers import load_mean_teacher
+
+CPU, IGNORE = torch.device("cpu"), 255
+TIMES = ("seconds", "data_wait", "samples_per_s")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 tiles: 8 to train on, 2 to validate, and 3 to test, which two processes cannot share evenly."""
+    root = tmp_path_factory.mktemp("parallel")
+    write_dataset(root / "data", tiles=13, tile_px=64)
+    build_store(
+        BuildRequest.of({"data": root / "data", "out": root / "store", "teachers": ["mean"], "scales": [1.0]}),
+        load_teacher=load_mean_teacher,
+    )
+    return root
+
+
+def recipe(root: Path, **changes: object) -> Recipe:
+    """A student without batch norm and without dropout: nothing in a step depends on which crops are side by side."""
+    values: dict[str, object] = {
+        "data": str(root / "data"), "labeled": "25", "steps": 6, "crop_px": 64, "batch": {"labeled": 4, "unlabeled": 8},
+        "student": {"encoder": "timm:test_vit", "decoder": "dpt", "channels": 8}, "threshold": 0.3,
+        "distill": {"hidden": 8}, "privileged": True, "optim": {"clip_norm": 1.0}, "checkpoint_every": 2,
+        "validation": {"every": 3, "keep": "best"},
+    }  # fmt: skip
+    return Recipe.model_validate(values | changes)
+
+
+# --- parts of a step
+
+
+def spoiled(batch: Batch) -> Batch:
+    """Return ``batch`` with labels, validity and token weights that differ from crop to crop, by the pixels of each."""
+    a, b = batch.labeled, batch.unlabeled
+    assert b is not None
+
+    def some(images: Tensor) -> Tensor:
+        bright = images.float().mean((1, 2, 3), keepdim=True)
+        return images.float().mean(1) < bright[:, 0] + 40 * torch.sin(bright[:, 0])
+
+    def weighed(targets: Targets, images: Tensor) -> Targets:
+        seen = some(images).float().unsqueeze(1)
+        kept = {
+            k: w * (torch.nn.functional.adaptive_avg_pool2d(seen, (w.shape[1], w.shape[2]))[:, 0] > 0.5)
+            for k, w in targets.weights.items()
+        }
+        return replace(targets, weights=kept)
+
+    labeled = replace(a, label=a.label.masked_fill(~some(a.image), IGNORE), targets=weighed(a.targets, a.image))
+    unlabeled = replace(b, valid=b.valid & some(b.image), targets=weighed(b.targets, b.image))
+    return replace(batch, labeled=labeled, unlabeled=unlabeled)
+
+
+def first_steps(
+    loader: BatchLoader, of: Recipe, parts: int, steps: int = 1
+) -> tuple[TrainState, list[dict[str, float]], list[Tensor]]:
+    """Return the state after some steps of spoiled batches in ``parts``, the logs, and the first step's gradients."""
+    assert loader.targets is not None
+    shapes = [
+        TargetShape(key, t.channels, float(t.stride_px), float(t.offset_px)) for key, t in loader.targets.specs.items()
+    ]
+    state = build_state(of, 3, shapes, CPU)
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    tools = StepTools(SupervisedLoss(of.supervised, weights, IGNORE), IGNORE, loader.offsets_px)
+    logs, gradients = [], []
+    for step in range(steps):
+        batches = [spoiled(loader.batch(step, p, parts)) for p in range(parts)]
+        found = train_step(state, [part_to(b, CPU, of.channels_last) for b in batches], of, tools)
+        logs.append({k: float(v) for k, v in found.items()})
+        if step == 0:
+            gradients = [torch.zeros(1) if p.grad is None else p.grad.clone() for p in state.student.parameters()]
+    return state, logs, gradients
+
+
+@pytest.fixture(scope="module")
+def loader(root: Path) -> BatchLoader:
+    return BatchLoader.open(open_source(root / "data"), recipe(root), FeatureStore.open(root / "store"))
+
+
+def test_a_step_in_parts_has_the_losses_and_gradients_of_the_whole(root: Path, loader: BatchLoader) -> None:
+    here = recipe(root, optim={"lr": 1e-3})
+    counts = [spoiled(loader.batch(0, p, 4)).labeled.label.ne(IGNORE).sum().item() for p in range(4)]
+    assert len(set(counts)) == 4, "the parts weigh differently, or this test shows nothing"
+    whole, logs, gradients = first_steps(loader, here, 1, steps=2)
+    for parts in (2, 4):
+        state, mine, found = first_steps(loader, here, parts, steps=2)
+        for line, expected in zip(mine, logs, strict=True):
+            assert line.keys() == expected.keys()
+            assert line == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        size = max(float(g.abs().max()) for g in gradients)
+        assert max(float((a - b).abs().max()) for a, b in zip(found, gradients, strict=True)) < 1e-5 * size
+        apart = torch.cat(
+            [(a - b).flatten() for a, b in zip(state.ema.parameters(), whole.ema.parameters(), strict=True)]
+        )
+        assert apart.abs().mean() < 1e-3 * here.optim.lr, "Adam may turn rounding of a gradient near 0 into a step"
+
+
+def test_channels_last_is_a_layout_and_no_other_numbers(root: Path, loader: BatchLoader) -> None:
+    student = {"encoder": "timm:test_resnet", "channels": 8}
+    plain, other = recipe(root, student=student), recipe(root, student=student, channels_last=True)
+    a, b = (first_steps(loader, one, 1) for one in (plain, other))
+    assert b[1][0] == pytest.approx(a[1][0], rel=1e-4)
+    convolutions = [p for p in b[0].student.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert convolutions and all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
+
+
+# --- several processes
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path) -> Path:
+    train(recipe(root), root / "alone", root / "store", device="cpu", tensorboard=False)
+    return root / "alone"
+
+
+def words(root: Path, out: Path, *more: object) -> list[object]:
+    file = root / "recipe.yaml"
+    file.write_text(recipe(root).to_yaml())
+    return ["train", file, "--use-cache", root / "store", "--out", out, "--device", "cpu", "--no-tensorboard", *more]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def assert_nearly_the_same_run(run: Path, other: Path) -> None:
+    log, expected = lines(run / "log.jsonl"), lines(other / "log.jsonl")
+    assert len(log) == len(expected) == 6
+    for mine, theirs in zip(log, expected, strict=True):
+        for line in (mine, theirs):
+            for name in TIMES:
+                del line[name]
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    metrics, expected_metrics = (json.loads((r / "metrics.json").read_text()) for r in (run, other))
+    for kind, scores in metrics["scores"].items():
+        found, wanted = (torch.tensor(s["confusion"]) for s in (scores, expected_metrics["scores"][kind]))
+        assert torch.equal(found.sum(1), wanted.sum(1)), "every pixel once"
+        assert int(found.sum()) == 3 * 64 * 64 and int((found - wanted).abs().sum()) < 0.01 * found.sum()
+    validations = [lines(r / "validation.jsonl") for r in (run, other)]
+    assert [line["step"] for one in validations for line in one] == [3, 6, 3, 6]
+    for kind in ("ema", "student"):
+        found_miou, wanted_miou = ([line["scores"][kind]["miou"] for line in one] for one in validations)
+        assert found_miou == pytest.approx(wanted_miou, abs=0.01)
+
+
+def test_two_processes_of_torchrun_train_the_run_of_one(root: Path, alone: Path) -> None:
+    out = root / "two"
+    first, second = torchrun(words(root, out, "--json", "--set", "batch.accumulate=2"), root, 2)
+    assert_nearly_the_same_run(out, alone)
+    shown = json.loads(first[0])
+    assert shown["run"] == str(out) and shown["step"] == 6 and "done: evaluate on test" in first[1]
+    assert second == ("", ""), "one process prints"
+    model, _ = load_deployed(RunFolder(out), "ema", CPU)
+    [score] = evaluate({"ema": model}, open_source(root / "data"), "test", CPU).values()
+    apart = torch.tensor(score.confusion) - torch.tensor(shown["scores"]["ema"]["confusion"])
+    assert int(apart.abs().sum()) <= 8, "up to rounding, what one process says of the same weights"
+
+
+def until(ready: Callable[[], bool], commands: Sequence[Command]) -> None:
+    while not ready() and all(c.runs for c in commands):
+        time.sleep(0.002)
+
+
+def test_when_one_process_is_told_to_stop_or_dies_the_run_continues_as_that_of_one(root: Path, alone: Path) -> None:
+    out = root / "stopped"
+    log = out / "log.jsonl"
+    ranks = start_ranks(words(root, out, "-q"), root, 2)
+    until((out / "checkpoints" / "last.pt").exists, ranks)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    assert [c.end() for c in ranks] == [6, -signal.SIGKILL]
+    assert "another process of this run ended" in ranks[0].stderr.read_text()
+    inode, resumed = log.stat().st_ino, torch.load(out / "checkpoints" / "last.pt", weights_only=True)["step"]
+    ranks = start_ranks(words(root, out, "-q"), root, 2)
+    until(lambda: log.stat().st_ino != inode and log.read_text().count("\n") > resumed, ranks)
+    os.kill(ranks[random.SystemRandom().randrange(2)].pid, signal.SIGTERM)
+    assert [c.end() for c in ranks] == [5, 5], [c.stderr.read_text() for c in ranks]
+    done = len(lines(log))
+    assert f"after step {done} of 6; the checkpoint is in" in ranks[0].stderr.read_text()
+    assert ranks[1].stderr.read_text() == "", "said once"
+    result = train(recipe(root), out, root / "store", device="cpu", tensorboard=False)
+    assert result.resumed_at == done < 6
+    assert_nearly_the_same_run(out, alone)
+
+
+def test_one_process_of_several_speaks_and_the_others_say_who_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with one_voice() as speaks:
+        assert speaks
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(DataError, match=r"^a tile$"), one_voice() as speaks:
+        assert speaks
+        raise DataError("a tile")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(DataError, match=r"^process 2 \(of 0 to 3\): a tile$"), one_voice() as speaks:
+        assert not speaks
+        raise DataError("a tile")
+    with pytest.raises(SystemExit) as ended, one_voice():
+        raise Interrupted("the first process says it")
+    assert ended.value.code == 5
