@@ -123,7 +123,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _off_means_off(cls, data: object) -> object:
-        """``targets: none`` turns distillation off, and without distillation there is nothing to fuse."""
+        """``targets: none`` turns off all that reads features, and without distillation there is nothing to fuse."""
         if isinstance(data, dict):
             data = dict(data)
             if data.get("steps") is None and data.get("epochs") is None:
@@ -131,7 +131,7 @@ class Recipe(Section):
             if data.get("targets") == "fixed-views" and isinstance(augment := data.get("augment", {}), dict):
                 data["augment"] = {"geometry": "fixed-views", **augment}  # stays when distillation goes
             if data.get("targets") == "none":
-                data["distill"] = None
+                data |= {"distill": None, "probe": None, "privileged": None}
             if "distill" in data and data["distill"] in (False, None):
                 data["fuse"] = None
                 if data.get("probe") in (False, None):

@@ -68,8 +68,8 @@ def test_without_distillation_there_is_nothing_to_fuse(override: str) -> None:
     assert recipe.distill is None and recipe.fuse is None
 
 
-def test_the_paired_baseline_differs_in_distillation_alone() -> None:
+def test_the_paired_baseline_differs_in_teachers_alone() -> None:
     recipe = load_recipe(BUNDLED)
     plain = recipe.without_distillation()
     changed = {n for n in Recipe.model_fields if getattr(recipe, n) != getattr(plain, n)}
-    assert changed == {"distill", "fuse", "targets"}
+    assert changed == {"distill", "fuse", "probe", "targets"}
