@@ -37,6 +37,8 @@ from rsmtdf_train.sections import (
 __all__ = ["Recipe", "load_recipe", "preset_names"]
 
 _STEPS = 400
+#: More are a slip of the keyboard.
+_STEPS_MAX = 10**9
 
 _TARGETS = r"^(cached|fixed-views|online|none|mixed\((0(\.\d+)?|1(\.0+)?)\))$"
 
@@ -55,8 +57,12 @@ class Recipe(Section):
         default="all", description="unlabelled crops come from all train tiles, or from those that are not labelled"
     )
     eval_split: str = "test"
-    steps: int | None = Field(default=None, gt=0, description="optimiser steps; default 400, or what epochs come to")
-    epochs: float | None = Field(default=None, gt=0, description="rounds over the unlabelled tiles, instead of steps")
+    steps: int | None = Field(
+        default=None, gt=0, le=_STEPS_MAX, description="optimiser steps; default 400, or what epochs come to"
+    )
+    epochs: float | None = Field(
+        default=None, gt=0, le=_STEPS_MAX, description="rounds over the unlabelled tiles, instead of steps"
+    )
     seed: int = Field(default=0, ge=0)
     method: Literal["supervised", "fixmatch", "unimatch"] = "fixmatch"
     targets: str = Field(default="cached", pattern=_TARGETS)
@@ -252,6 +258,10 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     result = dict(below)
     for key, value in above.items():
         there = result.get(key)
+        if isinstance(there, dict) and value is True:
+            continue  # on: as the preset has it
+        if isinstance(there, dict) and key == "student" and isinstance(value, str):
+            value = {"encoder": value}
         # patterns of keys belong together: a recipe's own weights replace the preset's, they do not join them
         result[key] = {**there, **value} if isinstance(there, dict) and isinstance(value, dict) else value
     return result
@@ -273,7 +283,7 @@ def _override(data: dict[str, Any], item: str) -> None:
             raise UsageError(f"--set {item!r}: {parent!r} is {below!r} in the recipe, it has no keys to set")
         here = below
     try:
-        here[leaf] = yaml.safe_load(text)
+        here[leaf] = text.strip("\"' ") if name == "labeled" else yaml.safe_load(text)  # 010 is a name, not 8
     except yaml.YAMLError as error:
         raise UsageError(f"--set {item!r}: the value is not YAML ({error})") from None
 
@@ -287,7 +297,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"{name}: unknown key.{did_you_mean(where[-1], known)} Known: {', '.join(sorted(known))}"
         else:
             yield (
-                f"{name}: {fault['msg']} (found {fault['input']!r})"
+                f"{name}: {fault['msg']}" + ("" if isinstance(fault["input"], dict) else f" (found {fault['input']!r})")
                 if fault["type"] != "missing"
                 else f"{name}: missing"
             )

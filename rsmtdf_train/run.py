@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rsmtdf_cache.errors import DataError, MismatchError, RsmtdfError, UsageError
+from rsmtdf_cache.errors import DataError, MismatchError, RsmtdfError, UsageError, did_you_mean
 from rsmtdf_cache.events import Event, Warned
 from rsmtdf_cache.sources import TileSource, open_source
 from rsmtdf_train.checkpoint import RunFolder, RunIdentity
@@ -108,6 +109,7 @@ def open_run(
             check_pins(store, recipe.distill.pins)
     loader = BatchLoader.open(source, recipe, store, threads, device=chosen, on_event=on_event)
     loader.check_parts(processes.count * recipe.batch.accumulate)
+    _check_patterns(recipe, loader)
     shapes = () if loader.targets is None else tuple(
         TargetShape(key, t.channels, float(t.stride_px), float(t.offset_px)) for key, t in loader.targets.specs.items()
     )  # fmt: skip
@@ -204,6 +206,19 @@ def tell_about(run: Run, on_event: TrainSink) -> None:
                 f"they occur. Add a tile of each to splits/labeled/{run.recipe.labeled}.txt, or take a larger subset"
             )
         )
+
+
+def _check_patterns(recipe: Recipe, loader: BatchLoader) -> None:
+    """Raise ``UsageError`` for a pattern that matches no target: a typo would train another experiment silently."""
+    if recipe.distill is None or loader.targets is None:
+        return
+    for name, patterns in (("weights", recipe.distill.weights), ("passes", recipe.distill.passes)):
+        for pattern in patterns:
+            if not any(fnmatchcase(key, pattern) for key in loader.targets.specs):
+                raise UsageError(
+                    f"distill.{name} {pattern!r} matches no target.{did_you_mean(pattern, loader.targets.specs)} "
+                    f"Targets: {', '.join(loader.targets.specs)}"
+                )
 
 
 def _drift(recipe: Recipe, loader: BatchLoader, device: torch.device) -> Drift | None:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
 __all__ = [
     "AugmentConfig",
@@ -31,9 +31,9 @@ _Patterns = TypeVar("_Patterns", tuple[str, ...], dict[str, float], dict[str, in
 
 
 class Section(BaseModel):
-    """Frozen, and without unknown keys."""
+    """Frozen, without unknown keys, and without numbers that are none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class StudentConfig(Section):
@@ -148,11 +148,11 @@ class DistillConfig(Section):
     keys: tuple[str, ...] = Field(
         default=(), description="glob patterns of teacher/size/layer; empty = all in the store"
     )
-    weights: dict[str, float] = Field(default_factory=dict, description="per glob pattern; default 1 each")
+    weights: dict[str, NonNegativeFloat] = Field(default_factory=dict, description="per glob pattern; default 1 each")
     hidden: int = Field(default=256, gt=0, description="width of a translator's hidden layer")
     translator: Literal["linear", "mlp", "conv"] = "mlp"
     activation: Literal["gelu", "relu"] = "gelu"
-    passes: dict[str, int] = Field(
+    passes: dict[str, PositiveInt] = Field(
         default_factory=dict,
         description="per pattern: side in pixels of a second pass of the student, whose last map is translated "
         "(RS-MTDF: 224 for CLIP)",

@@ -231,7 +231,7 @@ def hub_file(teacher: str, repository: str, filenames: Sequence[str]) -> Path:
     raise ResourceError(
         f"teacher {teacher}: its published weights are not on this machine, and {repository} on {constants.ENDPOINT} "
         f"could not be read ({reason}). On a machine with network run: hf download {repository} {filenames[0]} ; "
-        f"then give that file as weights=FILE (weights=none with a seed makes random weights, for tests)"
+        f"then give that file as weights=FILE (pretrained=none,seed=N makes random weights, for tests)"
     )
 
 

@@ -85,7 +85,7 @@ def hub_weights(teacher: str, network: nn.Module) -> tuple[Path, str]:
             f"file as weights=FILE"
         )
     raise ResourceError(
-        f"teacher {teacher}: timm knows no published weights of it; give weights=FILE (weights=none with a seed makes "
+        f"teacher {teacher}: timm knows no published weights of it; give weights=FILE (pretrained=none,seed=N makes "
         f"random weights, for tests)"
     )
 

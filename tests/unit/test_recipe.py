@@ -8,7 +8,7 @@ import pytest
 
 from rsmtdf_cache.errors import UsageError
 from rsmtdf_cli.bundled import bundled_recipe
-from rsmtdf_train.recipe import Recipe, load_recipe
+from rsmtdf_train.recipe import Recipe, load_recipe, preset_names
 
 BUNDLED = bundled_recipe("sample")
 
@@ -73,3 +73,51 @@ def test_the_paired_baseline_differs_in_teachers_alone() -> None:
     plain = recipe.without_distillation()
     changed = {n for n in Recipe.model_fields if getattr(recipe, n) != getattr(plain, n)}
     assert changed == {"distill", "fuse", "probe", "targets"}
+
+
+def written(folder: Path, text: str, *overrides: str) -> Recipe:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def test_short_forms_over_a_preset_keep_what_the_preset_says(tmp_path: Path) -> None:
+    paper = written(tmp_path, "{preset: paper, data: d}")
+    short = written(tmp_path, "{preset: paper, data: d, student: dinov2_vitb14, distill: true}")
+    assert short.distill == paper.distill
+    assert short.student == paper.student.model_copy(update={"encoder": "dinov2_vitb14"})
+    cached = written(tmp_path, "{preset: cached, data: d}", "probe=true")
+    assert cached == written(tmp_path, "{preset: cached, data: d}")
+
+
+def test_ablation_presets_differ_from_the_paper_in_what_they_are_named_for(tmp_path: Path) -> None:
+    paper = written(tmp_path, "{preset: paper, data: d}")
+    changed = {}
+    for name in preset_names():
+        if name.startswith("paper-"):
+            other = written(tmp_path, f"{{preset: {name}, data: d}}")
+            changed[name] = {n for n in Recipe.model_fields if getattr(other, n) != getattr(paper, n)}
+    assert changed == {
+        "paper-dino-only": {"teachers", "distill"},
+        "paper-clip-only": {"teachers"},
+        "paper-distill-only": {"fuse"},
+        "paper-none": {"teachers", "targets", "distill", "fuse"},
+        "paper-supervised": {"teachers", "targets", "distill", "fuse", "method"},
+    }
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"Did you mean 'paper'.*paper-none"):
+        written(tmp_path, "{preset: papr, data: d}")
+
+
+@pytest.mark.parametrize("override", ["epochs=.inf", "epochs=1e300", "unlabeled_weight=.nan", "optim.lr=.inf",
+                                      "distill.weights={'*/*/*': -1}", "distill.passes={'*/*/*': 0}"])  # fmt: skip
+def test_numbers_that_cannot_be_are_refused(override: str) -> None:
+    with pytest.raises(UsageError):
+        load_recipe(BUNDLED, ["steps=null", override] if "epochs" in override else [override])
+
+
+def test_a_labelled_subset_is_a_name_also_when_it_looks_like_a_number() -> None:
+    assert load_recipe(BUNDLED, ["labeled=010"]).labeled == "010"
+    assert load_recipe(BUNDLED, ["labeled='5'"]).labeled == "5"
