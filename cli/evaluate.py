@@ -16,14 +16,15 @@ __all__ = ["evaluate"]
 class _Choice(StrEnum):
     EMA = "ema"
     STUDENT = "student"
-    BOTH = "both"
+    BEST = "best"
+    ALL = "all"
 
 
 @command
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder of `rsmtdf train`.", show_default=False)],
     split: Annotated[str, typer.Option(help="Split of the dataset to score on.")] = "test",
-    checkpoint: Annotated[_Choice, typer.Option(help="Which weights.")] = _Choice.BOTH,
+    checkpoint: Annotated[_Choice, typer.Option(help="Which weights.")] = _Choice.ALL,
     without: Annotated[
         list[str] | None, typer.Option(metavar="CLASS", help="Also give the mean IoU without this class; repeatable.")
     ] = None,
@@ -36,14 +37,15 @@ def evaluate(
     from rsmtdf_cache.errors import MismatchError, UsageError, did_you_mean
     from rsmtdf_cache.sources import open_source
     from rsmtdf_cli.training import show_metrics
-    from rsmtdf_train.checkpoint import CHECKPOINT_KINDS, RunFolder, load_deployed
+    from rsmtdf_train.checkpoint import RunFolder, load_deployed
     from rsmtdf_train.devices import pick_device
     from rsmtdf_train.evaluate import evaluate as score
     from rsmtdf_train.results import scores_to_json
 
     chosen = pick_device(device)
-    kinds = CHECKPOINT_KINDS if checkpoint is _Choice.BOTH else (checkpoint.value,)
-    loaded = {kind: load_deployed(RunFolder(run), kind, chosen) for kind in kinds}
+    there = RunFolder(run)
+    kinds = there.kinds() if checkpoint is _Choice.ALL else (checkpoint.value,)
+    loaded = {kind: load_deployed(there, kind, chosen) for kind in kinds}
     identity = next(iter(loaded.values()))[1]
     dropped = list(without or [])
     names = [c.name for c in identity.classes]

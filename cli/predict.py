@@ -14,6 +14,8 @@ __all__ = ["predict"]
 
 
 class _Choice(StrEnum):
+    DEPLOYED = "deployed"
+    BEST = "best"
     EMA = "ema"
     STUDENT = "student"
 
@@ -23,7 +25,9 @@ def predict(
     run: Annotated[Path, typer.Argument(help="Run folder of `rsmtdf train`.", show_default=False)],
     images: Annotated[list[Path], typer.Argument(help="Image files: 8-bit RGB, any size.", show_default=False)],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder; default RUN/predictions.")] = None,
-    checkpoint: Annotated[_Choice, typer.Option(help="Which weights.")] = _Choice.EMA,
+    checkpoint: Annotated[
+        _Choice, typer.Option(help="Which weights; deployed: the best where the run keeps it, else the last EMA.")
+    ] = _Choice.DEPLOYED,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU when there is one.")] = None,
     quiet: QuietOption = False,
     json: JsonOption = False,
@@ -34,7 +38,9 @@ def predict(
     from rsmtdf_train.predict import predict_files
 
     chosen = pick_device(device)
-    model, identity = load_deployed(RunFolder(run), checkpoint.value, chosen)
+    there = RunFolder(run)
+    kind = there.deployed_kind() if checkpoint is _Choice.DEPLOYED else checkpoint.value
+    model, identity = load_deployed(there, kind, chosen)
     folder = out if out is not None else run / "predictions"
     with progress(quiet) as sink:
         written = predict_files(model, identity.classes, images, folder, chosen, sink)

@@ -92,6 +92,14 @@ class RunFolder:
         """Return the path of the deployed ``student``, ``ema`` or ``best``."""
         return self.checkpoints / f"{kind}.safetensors"
 
+    def deployed_kind(self) -> str:
+        """Return what the run deploys: ``best`` where its recipe keeps that, else ``ema``."""
+        return "best" if self.load_recipe().validation.keep == "best" else "ema"
+
+    def kinds(self) -> tuple[str, ...]:
+        """Return all kinds that a complete run has, in the order they are reported."""
+        return (*CHECKPOINT_KINDS, "best") if self.deployed_kind() == "best" else CHECKPOINT_KINDS
+
     def load_recipe(self) -> Recipe:
         """Return the run's recipe. Raises ``UsageError`` when ``root`` is no run."""
         if not self.recipe.is_file():

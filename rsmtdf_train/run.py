@@ -199,6 +199,11 @@ def tell_about(run: Run, on_event: TrainSink) -> None:
         on_event(Warned(f"{len(left_out)} tiles that the store's build could not use are left out of training"))
     if run.loader.targets is not None and run.loader.targets.approximated:
         on_event(Warned(_approximations(run.loader.targets.approximated)))
+    distill, steps = run.recipe.distill, run.recipe.total_steps
+    if distill is not None and distill.only_steps >= steps:
+        on_event(Warned(f"distill.only_steps {distill.only_steps} of {steps} steps: the student never sees a label"))
+    if run.recipe.optim.warmup_steps >= steps:
+        on_event(Warned(f"optim.warmup_steps {run.recipe.optim.warmup_steps} of {steps} steps: the rate stays low"))
     if run.absent:
         on_event(
             Warned(

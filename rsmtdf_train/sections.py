@@ -114,6 +114,8 @@ class AugmentConfig(Section):
             raise ValueError(f"approximate_orientations is of geometry lattice; {self.geometry} has no use for it")
         if self.geometry == "fixed-views" and not self.orientations:
             raise ValueError("fixed views come in the orientations they were stored in; orientations cannot be false")
+        if self.geometry != "native" and self.scale != (0.5, 2.0):
+            raise ValueError(f"scale is of geometry native; {self.geometry} zooms nothing")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale {list(self.scale)}: write two numbers above 0, the smaller one first")
         return self
@@ -242,8 +244,8 @@ class ProbeConfig(Section):
         "what predicts labelled tiles best that it was not fitted to",
     )
     keys: tuple[str, ...] = Field(default=(), description="patterns of the targets it reads; empty = all")
-    hidden: int = Field(default=0, ge=0, description="width of a hidden layer; 0: linear")
-    steps: int = Field(default=40, gt=0, description="iterations of LBFGS")
+    hidden: int = Field(default=0, ge=0, le=4096, description="width of a hidden layer; 0: linear")
+    steps: int = Field(default=40, gt=0, le=10_000, description="iterations of LBFGS")
     weight_decay: float = Field(default=0.001, ge=0, description="L2 penalty of a weight on a map's mean channel")
 
     @model_validator(mode="after")

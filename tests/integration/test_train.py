@@ -224,6 +224,7 @@ def test_the_best_weights_are_those_of_the_best_score_and_are_what_the_run_deplo
     [again] = evaluate({"best": model}, open_source(root / "data"), "val", CPU).values()
     assert again.miou == top["scores"]["ema"]["miou"]
     assert {c.name: c.iou for c in again.classes} == top["scores"]["ema"]["iou"]
+    assert RunFolder(whole).deployed_kind() == "best" and RunFolder(whole).kinds() == ("ema", "student", "best")
 
 
 def test_a_run_without_better_scores_stops_early_and_is_complete(root: Path) -> None:
