@@ -23,7 +23,7 @@ class _Choice(StrEnum):
 @command
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder of `rsmtdf train`.", show_default=False)],
-    split: Annotated[str, typer.Option(help="Split of the dataset to score on.")] = "test",
+    split: Annotated[str | None, typer.Option(help="Split to score on; default: the recipe's eval_split.")] = None,
     checkpoint: Annotated[_Choice, typer.Option(help="Which weights.")] = _Choice.ALL,
     without: Annotated[
         list[str] | None, typer.Option(metavar="CLASS", help="Also give the mean IoU without this class; repeatable.")
@@ -59,9 +59,10 @@ def evaluate(
             f"{source.root} has the classes {', '.join(c.name for c in source.classes)}; the run {run} knows "
             f"{', '.join(names)}; give the dataset it was trained for with --data"
         )
+    asked = split if split is not None else identity.recipe.eval_split
     with progress(quiet) as sink:
-        scores = score({kind: model for kind, (model, _) in loaded.items()}, source, split, chosen, sink)
-    metrics = scores_to_json(identity, split, scores, identity.recipe.total_steps)
+        scores = score({kind: model for kind, (model, _) in loaded.items()}, source, asked, chosen, sink)
+    metrics = scores_to_json(identity, asked, scores, identity.recipe.total_steps)
     if dropped:
         for kind, found in scores.items():
             metrics["scores"][kind] |= {"without": dropped, "miou_without": found.miou_without(dropped)}

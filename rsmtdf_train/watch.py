@@ -31,8 +31,9 @@ class Watch:
         if self._empty < self.patience:
             return None
         self._said = True
+        probe = ", or begin with probe pseudo-labels (probe: true)" if self.recipe.probe is None else ""
         return (
             f"step {step}: no pseudo-label reached the threshold of {self.recipe.threshold:g} in the last "
             f"{self.patience} steps, so the unlabelled tiles teach nothing. Lower threshold, train longer, raise "
-            "optim.lr, or begin with probe pseudo-labels (probe: true)"
+            f"optim.lr{probe}"
         )
