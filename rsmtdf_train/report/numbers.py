@@ -79,7 +79,7 @@ def collect(arms: Sequence[Arm], baseline: Arm, split: str | None) -> Numbers:
     """Return the numbers of ``arms``.
 
     Raises ``UsageError`` when runs were scored on several splits and ``split`` names none, or on another than it;
-    ``MismatchError`` when their classes differ.
+    ``MismatchError`` when their classes or the pixels they were scored on differ.
     """
     complete = [run for arm in arms for run in arm.complete]
     splits = sorted({run.split for run in complete}) or sorted({run.split for arm in arms for run in arm.runs})
@@ -87,6 +87,7 @@ def collect(arms: Sequence[Arm], baseline: Arm, split: str | None) -> Numbers:
         asked = f"--split {split}" if split is not None else "one split"
         raise UsageError(f"{asked}: the runs were scored on {', '.join(splits)}; choose one with --split")
     classes = _same_classes(complete)
+    _require_same_pixels(complete)
     kinds = tuple(dict.fromkeys(kind for run in complete for kind in run.scores))
     deployed = {run.deployed for run in complete}
     checkpoint = deployed.pop() if len(deployed) == 1 else "ema"
@@ -104,6 +105,18 @@ def _same_classes(runs: Sequence[RunRecord]) -> tuple[str, ...]:
                 f"{', '.join(runs[0].classes)}; runs of different classes do not compare, report them apart"
             )
     return runs[0].classes
+
+
+def _require_same_pixels(runs: Sequence[RunRecord]) -> None:
+    """Raise ``MismatchError`` unless all runs were scored on as many pixels of each class: on the same tiles."""
+    seen = {run.folder: [c["pixels"] for scores in run.scores.values() for c in scores["classes"]][: len(run.classes)]
+            for run in runs}  # fmt: skip
+    for run in runs:
+        if seen[run.folder] != seen[runs[0].folder]:
+            raise MismatchError(
+                f"{run.folder} (data {run.recipe['data']}) and {runs[0].folder} (data {runs[0].recipe['data']}) were "
+                f"scored on other pixels of split {run.split!r}; report runs of one dataset, or score them anew on one"
+            )
 
 
 def _numbers_of(

@@ -53,9 +53,13 @@ def write_run(
     store: str | None = None,
     classes: Sequence[str] = CLASSES,
     columns: Mapping[str, float] | None = None,
+    tiles: int = 0,
     **recipe: Any,
 ) -> Path:
-    """Write a run as training leaves it: ``right`` of its pixels are right; not complete when ``done`` is less."""
+    """Write a run as training leaves it: ``right`` of its pixels are right; not complete when ``done`` is less.
+
+    ``tiles`` says on which labels it was scored.
+    """
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
     value = Recipe.model_validate({"data": "tiles", "steps": steps, "seed": seed, **recipe})
@@ -66,7 +70,7 @@ def write_run(
     if done is not None:
         return folder
     matrix = ConfusionMatrix(classes, 255)
-    label = torch.randint(len(classes), (1, 64, 64))
+    label = torch.randint(len(classes), (1, 64, 64), generator=torch.Generator().manual_seed(tiles))
     matrix.add(torch.where(torch.rand(label.shape) < right, label, (label + 1) % len(classes)), label)
     scores = matrix.scores().to_json()
     metrics = {
@@ -264,6 +268,11 @@ def test_validation_scores_become_curves_by_kind(tmp_path: Path) -> None:
         (lambda root: (root / "x").mkdir(), UsageError, "holds no run"),
         (lambda root: write_run(root / "a").joinpath("metrics.json").write_text("{}"), DataError, "metrics.json"),
         (lambda root: (write_run(root / "a"), write_run(root / "b", 1, classes=["one", "two"])), MismatchError, "one"),
+        (
+            lambda root: (write_run(root / "a"), write_run(root / "b", 1, tiles=1)),
+            MismatchError,
+            "other pixels of split",
+        ),
     ],
 )
 def test_what_cannot_be_reported_is_one_clear_error(tmp_path: Path, make: Any, error: type, text: str) -> None:
