@@ -7,6 +7,7 @@ float32. Both are met through what users run: the preset's recipe, live teachers
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ def live() -> LiveTeachers:
         decoder = DeviceDecoder(load_codec(EncodingSpec(), t.channels))
         plain[t.key] = TargetSpec(t.key, t.channels, t.stride_px, t.offset_px or 0, zeros, ones, decoder)
     return LiveTeachers(targets, plain, "float32", distill.padding)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def teachers_go_with_the_module() -> Iterator[None]:
+    yield
+    live.cache_clear()  # 390 M parameters
 
 
 def shapes() -> list[TargetShape]:
