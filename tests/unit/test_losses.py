@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 from rsmtdf_cache.errors import DataError, UsageError
@@ -270,9 +271,11 @@ def test_class_weights_follow_the_recipe_or_are_refused() -> None:
     assert given is not None and given.tolist() == [0.5, 2.0]
     with pytest.raises(UsageError, match="3 numbers, and the dataset has 2 classes"):
         chosen([1.0, 1.0, 1.0])
-    for wrong in ([-1.0, 2.0], [0.0, 0.0], [math.nan, 1.0]):
+    for wrong in ([-1.0, 2.0], [0.0, 0.0]):
         with pytest.raises(UsageError, match="numbers of 0 or more"):
             chosen(wrong)
+    with pytest.raises(ValidationError, match="finite number"):
+        chosen([math.nan, 1.0])
 
 
 def test_labels_are_counted_over_the_named_tiles(tmp_path: Path) -> None:

@@ -71,4 +71,5 @@ def test_scores_are_plain_json_data() -> None:
     assert matrix.scores().to_json() == {
         "miou": 1.0, "mf1": 1.0, "macc": 1.0, "pixel_accuracy": 1.0,
         "classes": [{"name": "only", "iou": 1.0, "f1": 1.0, "accuracy": 1.0, "pixels": 1}],
+        "confusion": [[1]],
     }  # fmt: skip
