@@ -3,16 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.rsmtdf-stamp
 TYPING := build/typing/rsmtdf_cli
-CODE := rsmtdf_cache rsmtdf_train cli tests docs
+CODE := rsmtdf_cache rsmtdf_train cli tests docs bench
 # One thread per test process: two processes with two threads each wait for one another on two cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 PYTEST_FLAGS ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fmt bench bench-sample torture docs
+.PHONY: help setup demo test check fmt bench bench-sample bench-accuracy torture docs
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install rsmtdf with what demo and tests need (PYTHON=python3.12 to choose)
 
@@ -49,6 +49,10 @@ bench: $(STAMP) ## how fast a store is read and built on this machine (JSON in b
 
 bench-sample: $(STAMP) ## the README's table: three arms, five paired seeds (20 minutes on two cores)
 	$(BIN)/rsmtdf bench sample --seeds 5 --out bench-out/sample
+
+bench-accuracy: $(STAMP) ## what each part of the method is worth, on two sets (hours on two cores; continues; JSON in bench-out/)
+	test -d bench-out/tree-crowns || $(BIN)/python bench/tree_crowns.py bench-out/tree-crowns
+	$(BIN)/rsmtdf bench accuracy --out bench-out/accuracy --trees bench-out/tree-crowns
 
 torture: $(STAMP) ## kill builds, flip bits, cut transfers, fill disks; a table of what was lost (minutes; JSON in bench-out/)
 	$(BIN)/python -m tests.torture --kills 200 --flips 200 --cuts 50 --full 20 --out bench-out/torture.json
