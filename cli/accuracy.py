@@ -64,7 +64,6 @@ def accuracy(
                     seeds=seeds,
                     more_seeds=more_seeds,
                     jobs=jobs or default_jobs(),
-                    more=more_seeds > 0,
                     on_event=on_event,
                 )
     document = {

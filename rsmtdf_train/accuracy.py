@@ -62,11 +62,11 @@ def measure_accuracy(
     more_seeds: int = 3,
     jobs: int = 1,
     device: str | None = None,
-    more: bool = True,
     on_event: EventSink = ignore_events,
 ) -> list[Scored]:
     """Return the comparisons of one set: core arms over ``seeds``, the rest over ``more_seeds``, `select` vs random.
 
+    ``more_seeds`` 0: core arms alone.
     Stores and runs lie in ``out``; what is complete there is read, not run again. Arms with random teachers read a
     second store whose teachers have seeded random weights. Raises what builds and runs raise.
     """
@@ -76,7 +76,7 @@ def measure_accuracy(
         recipe = chosen.recipe.model_copy(update={"labeled": subset, "name": f"{chosen.recipe.name}-{subset}"})
         kinds: list[tuple[str, Sequence[str], int]] = [("core", CORE_ARMS, seeds)]
         random_store = None
-        if more:
+        if more_seeds:
             kinds.append(("more", MORE_ARMS, more_seeds))
             random_store = _store(chosen, out / "random-store", on_event, random=True)
         for kind, arms, count in kinds:
@@ -93,7 +93,7 @@ def measure_accuracy(
                 random_store=random_store,
             )
             found.append(Scored(chosen.name, kind, subset, comparison))
-    if more:
+    if more_seeds:
         found.append(_selection(chosen, out, store, more_seeds, jobs, device, on_event))
     return found
 

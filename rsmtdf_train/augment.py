@@ -21,6 +21,7 @@ from rsmtdf_train.sample import Targets
 __all__ = [
     "CutMixBox",
     "NO_CUTMIX",
+    "batch_token_weights",
     "cutmix",
     "cutmix_targets",
     "draw_cutmix_box",
@@ -113,12 +114,17 @@ def token_weights(
     """Return ``[h, w]`` float32: 1 where every pixel of the token's cell is valid, else 0."""
     if valid_HW.all():
         return np.ones(grid, np.float32)
-    counts = np.zeros((valid_HW.shape[0] + 1, valid_HW.shape[1] + 1), np.int64)
-    counts[1:, 1:] = (~valid_HW).cumsum(0).cumsum(1)
-    (y0, y1), (x0, x1) = (
-        (start.floor().long().numpy(), end.ceil().long().numpy())
-        for start, end in (token_cells(n, side, offset_px) for n, side in zip(grid, valid_HW.shape, strict=True))
-    )
-    invalid = counts[y1][:, x1] - counts[y0][:, x1] - counts[y1][:, x0] + counts[y0][:, x0]
-    weights: NDArray[np.float32] = (invalid == 0).astype(np.float32)
+    weights: NDArray[np.float32] = batch_token_weights(torch.from_numpy(valid_HW)[None], grid, offset_px)[0].numpy()
     return weights
+
+
+def batch_token_weights(valid_BHW: Tensor, grid: tuple[int, int], offset_px: float | None = None) -> Tensor:
+    """Return ``[B, h, w]`` float32: ``token_weights`` of every crop of a batch, on its device."""
+    batch, *sides = valid_BHW.shape
+    counts = torch.zeros((batch, sides[0] + 1, sides[1] + 1), dtype=torch.int32, device=valid_BHW.device)
+    counts[:, 1:, 1:] = (~valid_BHW).to(torch.int32).cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
+    cells = [token_cells(n, side, offset_px, valid_BHW.device) for n, side in zip(grid, sides, strict=True)]
+    (y0, y1), (x0, x1) = ((start.floor().long(), end.ceil().long()) for start, end in cells)
+    below, above = counts[:, y1], counts[:, y0]
+    invalid = below[:, :, x1] - above[:, :, x1] - below[:, :, x0] + above[:, :, x0]
+    return (invalid == 0).float()

@@ -21,14 +21,14 @@ from rsmtdf_cache.request import TeacherAsked
 from rsmtdf_cache.specs import EncodingSpec, FeatureSpec, ViewSpec
 from rsmtdf_cache.views import base_size_px, view_specs
 from rsmtdf_cache.windows import with_windows
-from rsmtdf_train.augment import token_cells
+from rsmtdf_train.augment import batch_token_weights
 from rsmtdf_train.sample import Targets
 
 if TYPE_CHECKING:
     from rsmtdf_cache.teachers.base import Teacher
     from rsmtdf_train.targets import TargetSpec
 
-__all__ = ["LiveTarget", "LiveTeachers", "batch_token_weights", "crop_maps", "live_target", "live_targets"]
+__all__ = ["LiveTarget", "LiveTeachers", "crop_maps", "live_target", "live_targets"]
 
 
 @dataclass(frozen=True)
@@ -109,18 +109,6 @@ def crop_maps(targets: Sequence[LiveTarget], images_B3HW: Tensor, precision: str
         maps = together[0].teacher.encode_images(images_B3HW.detach(), size_px, layers, precision)
         found |= {target.key: maps[target.spec.layer.name] for target in together}
     return {target.key: found[target.key] for target in targets}
-
-
-def batch_token_weights(valid_BHW: Tensor, grid: tuple[int, int], offset_px: float | None = None) -> Tensor:
-    """Return ``[B, h, w]`` float32: ``augment.token_weights`` of every crop of a batch, on its device."""
-    batch, *sides = valid_BHW.shape
-    counts = torch.zeros((batch, sides[0] + 1, sides[1] + 1), dtype=torch.int32, device=valid_BHW.device)
-    counts[:, 1:, 1:] = (~valid_BHW).to(torch.int32).cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
-    cells = [token_cells(n, side, offset_px, valid_BHW.device) for n, side in zip(grid, sides, strict=True)]
-    (y0, y1), (x0, x1) = ((start.floor().long(), end.ceil().long()) for start, end in cells)
-    below, above = counts[:, y1], counts[:, y0]
-    invalid = below[:, :, x1] - above[:, :, x1] - below[:, :, x0] + above[:, :, x0]
-    return (invalid == 0).float()
 
 
 class LiveTeachers:

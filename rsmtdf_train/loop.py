@@ -15,7 +15,14 @@ from typing import Any
 from rsmtdf_cache.errors import Interrupted, UsageError
 from rsmtdf_cache.events import Warned
 from rsmtdf_cache.files import replace_file
-from rsmtdf_train.checkpoint import CHECKPOINT_KINDS, RunFolder, load_checkpoint, save_checkpoint, save_deployed
+from rsmtdf_train.checkpoint import (
+    CHECKPOINT_KINDS,
+    RunFolder,
+    load_checkpoint,
+    load_deployed,
+    save_checkpoint,
+    save_deployed,
+)
 from rsmtdf_train.drift import drawn_tiles
 from rsmtdf_train.evaluate import evaluate
 from rsmtdf_train.fused_student import FusedStudent
@@ -138,8 +145,6 @@ def _finish(run: Run, state: TrainState, on_event: TrainSink) -> dict[str, Any]:
     run.processes.wait()
     chosen = {kind: models[kind] for kind in CHECKPOINT_KINDS}
     if run.recipe.validation.keep == "best":
-        from rsmtdf_train.checkpoint import load_deployed
-
         chosen["best"] = load_deployed(run.folder, "best", run.device)[0]
     scores = evaluate(chosen, run.source, run.recipe.eval_split, run.device, on_event, processes=run.processes)
     best = None if run.recipe.validation.every == 0 else asdict(state.best)

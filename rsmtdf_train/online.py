@@ -26,9 +26,18 @@ from rsmtdf_cache.request import parse_teacher
 from rsmtdf_cache.sources.base import TileSource
 from rsmtdf_cache.specs import EncodingSpec
 from rsmtdf_cache.stats import ChannelStats
-from rsmtdf_train.live import LiveTarget, LiveTeachers, batch_token_weights, crop_maps, live_target, live_targets
+from rsmtdf_train.augment import batch_token_weights
+from rsmtdf_train.live import LiveTarget, LiveTeachers, crop_maps, live_target, live_targets
 from rsmtdf_train.recipe import Recipe
-from rsmtdf_train.targets import CachedTargets, TargetMode, TargetRequest, TargetSpec, match_keys, target_specs
+from rsmtdf_train.targets import (
+    CachedTargets,
+    TargetMode,
+    TargetRequest,
+    TargetSpec,
+    match_keys,
+    silence_constant,
+    target_specs,
+)
 
 if TYPE_CHECKING:
     from rsmtdf_cache.plan import TeacherLoader
@@ -225,8 +234,7 @@ def _estimated(
                     f"{target.key}: the teacher gives values that are not finite; set precision to float32, or check "
                     "its weights"
                 )
-            # As for stored targets: a channel that never changes becomes 0 instead of amplified rounding.
-            std = np.where(std > 1e-6 * np.maximum(1, np.abs(mean)), std, np.float32(np.inf)).astype(np.float32)
+            std = silence_constant(mean, std)
         decoder = DeviceDecoder(load_codec(EncodingSpec(), channels), mean, std)
         found[target.key] = TargetSpec(
             target.key, channels, target.spec.stride_tile_px, target.spec.offset_tile_px, mean, std, decoder

@@ -83,14 +83,8 @@ class Processes:
         for p in used:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.reshape(-1) for p in used if p.grad is not None])
-        _sum(flat)
-        flat /= self.count
-        at = 0
-        for p in used:
-            assert p.grad is not None
-            p.grad.copy_(flat[at : at + p.numel()].view_as(p))
-            at += p.numel()
+        gradients = [p.grad for p in used if p.grad is not None]
+        self._average(gradients, torch.cat([g.reshape(-1) for g in gradients]))
 
     def average_buffers(self, module: nn.Module) -> None:
         """Replace the running statistics of ``module`` by their mean over the processes."""
@@ -99,13 +93,15 @@ class Processes:
         buffers = [b for b in module.buffers() if b.is_floating_point()]
         if not buffers:
             return
-        flat = torch.cat([b.reshape(-1).double() for b in buffers])  # equal ones stay as they are
+        # float64: equal ones stay as they are
+        self._average(buffers, torch.cat([b.reshape(-1).double() for b in buffers]))
+
+    def _average(self, tensors: Sequence[Tensor], flat: Tensor) -> None:
+        """Replace ``tensors`` by their mean over the processes; ``flat`` holds their values, and is used up."""
         _sum(flat)
         flat /= self.count
-        at = 0
-        for b in buffers:
-            b.copy_(flat[at : at + b.numel()].view_as(b))
-            at += b.numel()
+        for tensor, mean in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return whether ``flag`` is true in any process: all of them stop, or none."""

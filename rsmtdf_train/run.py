@@ -161,14 +161,6 @@ def complete_without_store(recipe: Recipe, folder: RunFolder, address: Path | st
     return metrics if same else None
 
 
-def _shown(address: Path | str | None) -> str:
-    if address is None:
-        return "not given"
-    from rsmtdf_cache.share.address import redact
-
-    return redact(str(address))
-
-
 def record_store(run: Run, store: FeatureStore, address: Path | str, pin: bool, on_event: TrainSink) -> None:
     """Write down which content the run reads: in its folder, in the catalogue and, with ``pin``, in the store."""
     from rsmtdf_cache.share.catalogue import register_run

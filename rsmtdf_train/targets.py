@@ -43,6 +43,7 @@ __all__ = [
     "check_pins",
     "derangement",
     "match_keys",
+    "silence_constant",
     "store_geometry",
     "target_specs",
 ]
@@ -198,6 +199,11 @@ def derangement(tile_ids: Iterable[str], seed: int) -> dict[str, str]:
     return dict(zip(ordered, [*ordered[1:], *ordered[:1]], strict=True))
 
 
+def silence_constant(mean_D: NDArray[np.float32], std_D: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return ``std`` with infinity for a channel that never changes: it becomes 0 instead of amplified rounding."""
+    return np.where(std_D > 1e-6 * np.maximum(1, np.abs(mean_D)), std_D, np.float32(np.inf))
+
+
 class StoredTargets(TargetMode):
     """Targets that are read from a store: what its modes have in common.
 
@@ -261,8 +267,7 @@ class StoredTargets(TargetMode):
         mean, std = total.mean, total.std
         if not (np.isfinite(mean).all() and np.isfinite(std).all()):
             raise MismatchError(f"{stats[0]}: its statistics are not finite; rebuild this array of {self.store.shown}")
-        # A channel that never changes carries nothing: it becomes 0 instead of amplified rounding.
-        std = np.where(std > 1e-6 * np.maximum(1, np.abs(mean)), std, np.float32(np.inf))
+        std = silence_constant(mean, std)
         if not self.standardize:
             mean, std = np.zeros_like(mean), np.ones_like(std)
         return TargetSpec(key, len(mean), stride_px, offset_px, mean, std, DeviceDecoder(codec, mean, std))

@@ -21,11 +21,11 @@ from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cache.teachers import load
 from rsmtdf_cache.teachers.base import TeacherRequest
 from rsmtdf_cache.views import orient
-from rsmtdf_train.augment import cutmix, token_weights
+from rsmtdf_train.augment import batch_token_weights, cutmix, token_weights
 from rsmtdf_train.dataset import TileDataset
 from rsmtdf_train.drift import DRIFT_COSINE, Drift, drawn_tiles
 from rsmtdf_train.fusion import TargetShape
-from rsmtdf_train.live import batch_token_weights, live_targets
+from rsmtdf_train.live import live_targets
 from rsmtdf_train.loader import BatchLoader
 from rsmtdf_train.losses import SupervisedLoss
 from rsmtdf_train.objective import TermWeights
