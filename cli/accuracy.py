@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, message, progress
+from rsmtdf_cli.scores import difference_text, mean_text
 
 if TYPE_CHECKING:
-    from rsmtdf_train.accuracy import AccuracySet, Scored
+    from rsmtdf_train.experiment.accuracy import AccuracySet, Scored
 
 __all__ = ["accuracy"]
 
@@ -49,7 +50,7 @@ def accuracy(
     from rsmtdf_cache.files import replace_file
     from rsmtdf_cli.bench import default_jobs
     from rsmtdf_cli.machine import context
-    from rsmtdf_train.accuracy import measure_accuracy
+    from rsmtdf_train.experiment.accuracy import measure_accuracy
 
     if only not in (None, "land-cover", "tree-crowns") or (only == "tree-crowns" and trees is None):
         raise UsageError(f"--only {only}: choose land-cover, or tree-crowns with --trees DIR")
@@ -88,7 +89,7 @@ def _sets(out: Path, trees: Path | None, full: bool, settings: list[str], on_eve
     from rsmtdf_cache.sources.landcover import build_sample
     from rsmtdf_cache.yaml_file import read_yaml
     from rsmtdf_cli.bundled import bundled_recipe
-    from rsmtdf_train.accuracy import AccuracySet
+    from rsmtdf_train.experiment.accuracy import AccuracySet
     from rsmtdf_train.recipe import load_recipe
 
     config = read_yaml(bundled_recipe("sample-store"), "--config")
@@ -116,16 +117,11 @@ def _title(scored: Scored) -> str:
     return f"{scored.set}, {labels}: {what}; mIoU on {c.split}, {len(c.seeds)} seeds"
 
 
-def _rows(scored: Scored) -> list[tuple[str, ...]]:
+def _rows(scored: Scored) -> list[tuple[str, str, str, str]]:
     rows = []
     for row in scored.comparison.rows:
         d = row.difference
-        sd = "" if row.sd is None else f" ± {100 * row.sd:.1f}"
-        interval = ""
-        if d is not None:
-            ends = "" if d.low is None or d.high is None else f" [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-            interval = f"{100 * d.mean:+.1f}{ends}"
-        rows.append((row.title, f"{100 * row.mean:.1f}{sd}", interval, "" if d is None else d.verdict))
+        rows.append((row.title, mean_text(row.mean, row.sd), difference_text(d), "" if d is None else d.verdict))
     return rows
 
 
@@ -137,7 +133,7 @@ def _show(scored: Scored) -> None:
     for name in ("arm", "mIoU", f"difference to {base}", ""):
         table.add_column(name, justify="left" if name in ("arm", "") else "right")
     for cells in _rows(scored):
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+        table.add_row(*cells)
     console().print(table)
 
 

@@ -11,10 +11,11 @@ import typer
 from rsmtdf_cli.accuracy import accuracy
 from rsmtdf_cli.bench_select import bench_select
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, message, new_app, progress
+from rsmtdf_cli.scores import difference_text, mean_text
 
 if TYPE_CHECKING:
     from rsmtdf_cache.sources import TileSource
-    from rsmtdf_train.compare import Comparison
+    from rsmtdf_train.experiment.compare import Comparison
 
 __all__ = ["app", "default_jobs", "sample", "store"]
 
@@ -49,7 +50,7 @@ def sample(
     from rsmtdf_cache.yaml_file import read_yaml
     from rsmtdf_cli.bundled import bundled_recipe
     from rsmtdf_cli.machine import context
-    from rsmtdf_train.compare import compare_arms
+    from rsmtdf_train.experiment.compare import compare_arms
     from rsmtdf_train.recipe import load_recipe
 
     started = time.perf_counter()
@@ -160,22 +161,12 @@ def _show(comparison: Comparison, seconds: dict[str, float]) -> None:
         difference: Any = row.difference
         table.add_row(
             row.title,
-            _mean_sd(row.mean, row.sd),
-            _mean_sd(row.mean_without, row.sd_without),
-            "" if difference is None else _interval(difference),
+            mean_text(row.mean, row.sd),
+            mean_text(row.mean_without, row.sd_without),
+            difference_text(difference),
             "" if difference is None or not many else difference.verdict,
         )
     console().print(table)
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     note = "±: standard deviation over seeds; [ ]: 95 % t-interval. " if many else "One seed shows no spread. "
     console().print(f"{note}{spent}", soft_wrap=True)
-
-
-def _mean_sd(mean: float, sd: float | None) -> str:
-    return f"{100 * mean:.1f}" if sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f}"
-
-
-def _interval(difference: Any) -> str:
-    values = [v for v in (difference.mean, difference.low, difference.high) if v is not None]
-    mean, *ends = (f"{round(100 * v, 1) + 0.0:+.1f}" for v in values)  # + 0.0: no "-0.0"
-    return f"{mean}  \\[{', '.join(ends)}]" if ends else mean

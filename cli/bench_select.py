@@ -52,7 +52,7 @@ def _rows(trial: Trial) -> list[dict[str, Any]]:
     """Return mean, deviation and paired difference to random of each arm, in shares of 1."""
     import statistics
 
-    from rsmtdf_train.compare import paired_difference
+    from rsmtdf_train.experiment.compare import paired_difference
 
     found = []
     for arm, values in trial.miou.items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, progress
+from rsmtdf_cli.scores import difference_text, mean_text
 
 if TYPE_CHECKING:
     from rsmtdf_train.report import Report
@@ -74,16 +75,9 @@ def _show(found: Report) -> None:
         table.add_column(name)
     for a in numbers.arms:
         mean, change = a.miou.get(numbers.checkpoint), a.differences.get(numbers.checkpoint)
-        score = (
-            "–" if mean is None else f"{100 * mean.mean:.2f}" + ("" if mean.sd is None else f" ± {100 * mean.sd:.2f}")
-        )
-        points, verdict = "", "baseline" if a.arm is numbers.baseline else "–"
-        if change is not None:
-            points = f"{100 * change.mean:+.2f}"
-            if change.low is not None and change.high is not None:
-                points += f" [{100 * change.low:+.2f}, {100 * change.high:+.2f}]"
-            verdict = change.verdict
+        score = "–" if mean is None else mean_text(mean.mean, mean.sd, digits=2)
+        verdict = "baseline" if a.arm is numbers.baseline else "–" if change is None else change.verdict
         seeds = f"{len(a.arm.complete)} of {len(a.arm.runs)} complete"
-        table.add_row(escape(a.arm.name), seeds, score, points, verdict)
+        table.add_row(escape(a.arm.name), seeds, score, difference_text(change, digits=2), verdict)
     console().print(table)
     console().print(f"{found.path}: {found.nbytes / 1e6:.2f} MB", markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from rsmtdf_cache.sources.base import Tile, TileSource
 from rsmtdf_train.geometry import CropGeometry
 from rsmtdf_train.sample import Sample
 from rsmtdf_train.sampler import Draw
-from rsmtdf_train.targets import TargetMode, TargetRequest
+from rsmtdf_train.targets.base import TargetMode, TargetRequest
 
 __all__ = ["TileDataset"]
 

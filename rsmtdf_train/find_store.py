@@ -19,12 +19,13 @@ from rsmtdf_cache.sources import TileSource, open_source
 from rsmtdf_cache.sources.base import Tile
 from rsmtdf_cache.tiles import pixel_digest
 from rsmtdf_cache.views import ORIENTATION_SETS, base_size_px
-from rsmtdf_train.fixed_targets import FixedViewTargets, fixed_view_geometry, fixed_view_specs
-from rsmtdf_train.rebuild import asked_as
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.same_weights import compare_weights, is_teacher, weights_text
 from rsmtdf_train.sections import DistillConfig
-from rsmtdf_train.targets import CachedTargets, check_pins, match_keys, store_geometry, target_specs
+from rsmtdf_train.targets.base import match_keys
+from rsmtdf_train.targets.fixed import FixedViewTargets, fixed_view_geometry, fixed_view_specs
+from rsmtdf_train.targets.rebuild import asked_as
+from rsmtdf_train.targets.stored import CachedTargets, check_pins, store_geometry, target_specs
 
 if TYPE_CHECKING:
     from rsmtdf_cache.specs import FeatureSpec

@@ -23,7 +23,7 @@ from rsmtdf_train.photometry import PhotometricParameters, Photometry
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sample import Batch, Coded, LabeledBatch, Sample, StrongView, Targets, UnlabeledBatch
 from rsmtdf_train.sampler import LABELED, UNLABELED, Draw, Stream
-from rsmtdf_train.targets import TargetMode, TargetSpec
+from rsmtdf_train.targets.base import TargetMode, TargetSpec
 
 if TYPE_CHECKING:
     from rsmtdf_cache.store import FeatureStore
@@ -59,7 +59,7 @@ class BatchLoader:
         on_event: EventSink = ignore_events,
     ) -> BatchLoader:
         """Return the loader of a run: batches of ``modes.open_dataset``, which says what is raised."""
-        from rsmtdf_train.modes import open_dataset
+        from rsmtdf_train.targets.modes import open_dataset
 
         dataset = open_dataset(source, recipe, store, geometry_keys=geometry_keys, device=device, on_event=on_event)
         return cls(dataset, recipe, threads)

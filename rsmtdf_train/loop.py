@@ -23,7 +23,6 @@ from rsmtdf_train.checkpoint import (
     save_checkpoint,
     save_deployed,
 )
-from rsmtdf_train.drift import drawn_tiles
 from rsmtdf_train.evaluate import evaluate
 from rsmtdf_train.fused_student import FusedStudent
 from rsmtdf_train.logs import LogWriter
@@ -43,6 +42,7 @@ from rsmtdf_train.run import (
 )
 from rsmtdf_train.state import Best, TrainState, build_state
 from rsmtdf_train.step import train_step
+from rsmtdf_train.targets.drift import drawn_tiles
 from rsmtdf_train.validation import validate
 from rsmtdf_train.watch import Watch
 

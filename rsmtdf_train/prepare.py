@@ -23,8 +23,8 @@ from rsmtdf_train.sample import Batch, Targets
 from rsmtdf_train.state import TrainState
 
 if TYPE_CHECKING:
-    from rsmtdf_train.live import LiveTeachers
     from rsmtdf_train.probe import Probe
+    from rsmtdf_train.targets.live import LiveTeachers
 
 __all__ = ["Labeled", "Part", "Prepared", "StepTools", "Strong", "Unlabeled", "part_to", "prepare"]
 

@@ -25,11 +25,11 @@ from rsmtdf_train.prepare import StepTools
 from rsmtdf_train.processes import Processes
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.state import TrainState
-from rsmtdf_train.targets import check_pins
+from rsmtdf_train.targets.stored import check_pins
 
 if TYPE_CHECKING:
     from rsmtdf_cache.store import FeatureStore
-    from rsmtdf_train.drift import Drift
+    from rsmtdf_train.targets.drift import Drift
 
 __all__ = [
     "Run",
@@ -222,8 +222,8 @@ def _drift(recipe: Recipe, loader: BatchLoader, device: torch.device) -> Drift |
     mode = loader.targets
     if recipe.drift_every == 0 or mode is None:
         return None
-    from rsmtdf_train.drift import Drift
-    from rsmtdf_train.targets import StoredTargets
+    from rsmtdf_train.targets.drift import Drift
+    from rsmtdf_train.targets.stored import StoredTargets
 
     stored = mode if isinstance(mode, StoredTargets) else getattr(mode, "cached", None)
     if stored is None:

@@ -24,7 +24,7 @@ class Sample:
     """One crop of one tile in one oriented frame: geometry is applied, photometry is not.
 
     ``features`` are codes as the store has them, keyed by ``"teacher/scale/layer"`` (the key of a target: a feature
-    key without its orientation, see ``targets.py``).
+    key without its orientation, see ``targets/base.py``).
     """
 
     tile_id: str

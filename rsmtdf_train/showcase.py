@@ -10,8 +10,8 @@ import numpy as np
 from rsmtdf_cache.errors import DataError
 from rsmtdf_cache.sources.base import Tile, TileSource
 from rsmtdf_train.checkpoint import RunFolder, load_deployed
-from rsmtdf_train.compare import Comparison
 from rsmtdf_train.devices import pick_device
+from rsmtdf_train.experiment.compare import Comparison
 from rsmtdf_train.pictures import PanelRow, draw_curves, draw_panel
 from rsmtdf_train.predict import predict_mask
 

@@ -23,7 +23,7 @@ _CONTEXT.set_forkserver_preload(
         "rsmtdf_cli.app",
         "rsmtdf_cli.train",
         "rsmtdf_train.loop",
-        "rsmtdf_train.modes",
+        "rsmtdf_train.targets.modes",
         "rsmtdf_train.probe",
         "rsmtdf_train.run_store",
         "rsmtdf_train.students.timm_encoder",

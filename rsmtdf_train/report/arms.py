@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rsmtdf_cache.errors import UsageError, did_you_mean
-from rsmtdf_train.compare import Difference, paired_difference
+from rsmtdf_train.experiment.compare import Difference, paired_difference
 from rsmtdf_train.report.runs import RunRecord
 
 __all__ = ["Arm", "Statistic", "choose_baseline", "difference", "group_runs", "short"]

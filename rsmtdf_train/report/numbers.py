@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import MismatchError, UsageError
-from rsmtdf_train.compare import Difference
+from rsmtdf_train.experiment.compare import Difference
 from rsmtdf_train.report.arms import Arm, Statistic, difference
 from rsmtdf_train.report.runs import RunRecord
 

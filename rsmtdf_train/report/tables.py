@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from rsmtdf_train.compare import Difference
+from rsmtdf_train.experiment.compare import Difference
 from rsmtdf_train.report.arms import Arm, Statistic
 from rsmtdf_train.report.numbers import ArmNumbers, Numbers
 from rsmtdf_train.report.runs import RunRecord

@@ -21,7 +21,6 @@ from rsmtdf_cache.codecs import load_codec
 from rsmtdf_cache.codecs.device import DeviceDecoder
 from rsmtdf_cache.specs import EncodingSpec
 from rsmtdf_train.fusion import TargetShape
-from rsmtdf_train.live import LiveTeachers, live_target
 from rsmtdf_train.losses import SupervisedLoss
 from rsmtdf_train.objective import distill_term
 from rsmtdf_train.prepare import Labeled, Part, StepTools, Strong, Unlabeled
@@ -29,7 +28,8 @@ from rsmtdf_train.recipe import Recipe, load_recipe
 from rsmtdf_train.sample import Targets
 from rsmtdf_train.state import TrainState, build_state
 from rsmtdf_train.step import train_step
-from rsmtdf_train.targets import TargetSpec
+from rsmtdf_train.targets.base import TargetSpec
+from rsmtdf_train.targets.live import LiveTeachers, live_target
 from tests.formula import SIDE, clip_teacher, dinov2_teacher, formula_images, formula_weight
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -8,29 +8,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rsmtdf_cache.build import build_store
 from rsmtdf_cache.errors import MismatchError
 from rsmtdf_cache.events import Event, ProgressEnd, ProgressStart
-from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.sources import open_source
-from rsmtdf_train.compare import DEFAULT_ARMS, Comparison, compare_arms
+from rsmtdf_train.experiment.compare import DEFAULT_ARMS, Comparison, compare_arms
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.showcase import choose_tiles, picture_arms
-from tests.datasets import write_dataset
-from tests.teachers import load_mean_teacher
+from tests.stores import write_mean_store
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("compare")
-    write_dataset(root / "data", tiles=12, tile_px=64)
-    build_store(
-        BuildRequest.of({"data": root / "data", "out": root / "store", "teachers": ["mean"], "scales": [1.0]}),
-        load_teacher=load_mean_teacher,
-    )
-    return root
+    return write_mean_store(tmp_path_factory.mktemp("compare"), tiles=12)
 
 
 def recipe(root: Path, steps: int = 3) -> Recipe:

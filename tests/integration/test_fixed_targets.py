@@ -24,13 +24,14 @@ from rsmtdf_cache.teachers.base import Teacher, TeacherRequest
 from rsmtdf_cache.views import Box, render
 from rsmtdf_train.dataset import TileDataset
 from rsmtdf_train.find_store import find_store
-from rsmtdf_train.fixed_targets import FixedViewTargets, fixed_view_geometry, fixed_view_specs
 from rsmtdf_train.geometry import FixedViewGeometry, Geometry
-from rsmtdf_train.modes import open_dataset
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sample import Sample
 from rsmtdf_train.sampler import UNLABELED, Draw, Stream
-from rsmtdf_train.targets import CachedTargets, TargetRequest, TargetSpec, derangement
+from rsmtdf_train.targets.base import TargetRequest, TargetSpec
+from rsmtdf_train.targets.fixed import FixedViewTargets, fixed_view_geometry, fixed_view_specs
+from rsmtdf_train.targets.modes import open_dataset
+from rsmtdf_train.targets.stored import CachedTargets, derangement
 from tests.datasets import write_dataset
 from tests.teachers import MeanTeacher, load_mean_teacher
 

@@ -34,13 +34,14 @@ from rsmtdf_cache.writer import UnitWriter
 from rsmtdf_train.augment import cutmix, cutmix_targets
 from rsmtdf_train.dataset import TileDataset
 from rsmtdf_train.geometry import Geometry
-from rsmtdf_train.live import LiveTeachers
 from rsmtdf_train.loader import BatchLoader
 from rsmtdf_train.loop import train
-from rsmtdf_train.online import MixedTargets
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sample import Batch, LabeledBatch, UnlabeledBatch
-from rsmtdf_train.targets import CachedTargets, TargetRequest, store_geometry
+from rsmtdf_train.targets.base import TargetRequest
+from rsmtdf_train.targets.live import LiveTeachers
+from rsmtdf_train.targets.online import MixedTargets
+from rsmtdf_train.targets.stored import CachedTargets, store_geometry
 from tests.datasets import write_dataset
 
 TILE_PX, TILES, GROUP_ROWS = 64, 12, 5

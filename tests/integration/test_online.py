@@ -23,19 +23,21 @@ from rsmtdf_cache.teachers.base import TeacherRequest
 from rsmtdf_cache.views import orient
 from rsmtdf_train.augment import batch_token_weights, cutmix, token_weights
 from rsmtdf_train.dataset import TileDataset
-from rsmtdf_train.drift import DRIFT_COSINE, Drift, drawn_tiles
 from rsmtdf_train.fusion import TargetShape
-from rsmtdf_train.live import live_targets
 from rsmtdf_train.loader import BatchLoader
 from rsmtdf_train.losses import SupervisedLoss
 from rsmtdf_train.objective import TermWeights
-from rsmtdf_train.online import MixedTargets, OnlineTargets, estimate_statistics, open_online
 from rsmtdf_train.prepare import StepTools, part_to, prepare
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sample import Batch, LabeledBatch, Targets, UnlabeledBatch
 from rsmtdf_train.sections import DistillConfig
 from rsmtdf_train.state import build_state
-from rsmtdf_train.targets import CachedTargets, TargetMode, store_geometry
+from rsmtdf_train.targets.base import TargetMode
+from rsmtdf_train.targets.drift import DRIFT_COSINE, Drift, drawn_tiles
+from rsmtdf_train.targets.live import live_targets
+from rsmtdf_train.targets.modes import open_dataset
+from rsmtdf_train.targets.online import MixedTargets, OnlineTargets, estimate_statistics, open_online
+from rsmtdf_train.targets.stored import CachedTargets, store_geometry
 from tests.datasets import write_dataset
 from tests.teachers import MeanTeacher, load_mean_teacher
 
@@ -331,8 +333,8 @@ def test_what_cannot_be_is_said_before_the_first_step(source: TileSource, store:
     refused("reads stored features too", targets="mixed(0.5)")
     refused("shuffled", distill={"control": "shuffled"})
     refused("asked for twice", teachers=[VIT, VIT])
-    native = {"augment": {"geometry": "native"}}
-    refused("leave out --use-cache", cached=stored_targets(store, recipe(source)), **native)
+    with pytest.raises(UsageError, match="leave out --use-cache"):
+        open_dataset(source, recipe(source, augment={"geometry": "native"}), store)
     message = refused("multiple of its 32-px patch", crop_px=72, **raw)
     better = [int(px) for px in re.findall(r"\d+", message.rpartition("choose crop_px")[2])]
     assert better == [64, 96]

@@ -16,9 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsmtdf_cache.build import build_store
 from rsmtdf_cache.errors import DataError, Interrupted
-from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cli.training import one_voice
@@ -34,8 +32,7 @@ from rsmtdf_train.sample import Batch, Targets
 from rsmtdf_train.state import TrainState, build_state
 from rsmtdf_train.step import train_step
 from tests.commands import Command, start_ranks, torchrun
-from tests.datasets import write_dataset
-from tests.teachers import load_mean_teacher
+from tests.stores import write_mean_store
 
 CPU, IGNORE = torch.device("cpu"), 255
 TIMES = ("seconds", "data_wait", "samples_per_s")
@@ -49,13 +46,7 @@ def one_torch_thread() -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """13 tiles: 8 to train on, 2 to validate, and 3 to test, which two processes cannot share evenly."""
-    root = tmp_path_factory.mktemp("parallel")
-    write_dataset(root / "data", tiles=13, tile_px=64)
-    build_store(
-        BuildRequest.of({"data": root / "data", "out": root / "store", "teachers": ["mean"], "scales": [1.0]}),
-        load_teacher=load_mean_teacher,
-    )
-    return root
+    return write_mean_store(tmp_path_factory.mktemp("parallel"), tiles=13)
 
 
 def recipe(root: Path, **changes: object) -> Recipe:

@@ -29,6 +29,7 @@ from rsmtdf_train.run import count_steps
 from rsmtdf_train.sections import OptimConfig
 from tests.commands import Command, start
 from tests.datasets import write_dataset
+from tests.stores import write_mean_store
 from tests.teachers import load_mean_teacher
 
 STEPS = 14
@@ -43,13 +44,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("train")
-    write_dataset(root / "data", tiles=12, tile_px=64)
-    build_store(
-        BuildRequest.of({"data": root / "data", "out": root / "store", "teachers": ["mean"], "scales": [1.0]}),
-        load_teacher=load_mean_teacher,
-    )
-    return root
+    return write_mean_store(tmp_path_factory.mktemp("train"), tiles=12)
 
 
 def recipe(root: Path, **changes: object) -> Recipe:

@@ -27,8 +27,8 @@ from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cache.teachers.base import TeacherRequest
 from rsmtdf_cli.app import app
 from rsmtdf_cli.console import command
+from rsmtdf_train.experiment.jobs import TrainingJob, run_jobs
 from rsmtdf_train.find_store import build_command, find_store
-from rsmtdf_train.jobs import TrainingJob, run_jobs
 from rsmtdf_train.loop import train
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.run_store import read_run_store

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rsmtdf_cache.errors import UsageError
-from rsmtdf_train.arms import ARMS, arm_recipe
-from rsmtdf_train.compare import paired_difference
-from rsmtdf_train.jobs import TrainingJob, run_jobs
+from rsmtdf_train.experiment.arms import ARMS, arm_recipe
+from rsmtdf_train.experiment.compare import paired_difference
+from rsmtdf_train.experiment.jobs import TrainingJob, run_jobs
 from rsmtdf_train.recipe import Recipe
 
 RECIPE = Recipe(data=Path("data"))

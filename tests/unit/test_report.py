@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from rsmtdf_cache.errors import DataError, MismatchError, UsageError
 from rsmtdf_cache.events import Event, Warned
 from rsmtdf_cli.app import app
-from rsmtdf_train.compare import paired_difference
+from rsmtdf_train.experiment.compare import paired_difference
 from rsmtdf_train.metrics import ConfusionMatrix
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.report import default_path, write_report

@@ -13,8 +13,8 @@ from typing import Any
 from rsmtdf_cache.errors import DataError, UsageError
 from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.files import replace_file
-from rsmtdf_train.arms import ARMS, arm_recipe
-from rsmtdf_train.jobs import TrainingJob, run_jobs
+from rsmtdf_train.experiment.arms import ARMS, arm_recipe
+from rsmtdf_train.experiment.jobs import TrainingJob, run_jobs
 from rsmtdf_train.recipe import Recipe
 
 __all__ = ["ArmRow", "Comparison", "DEFAULT_ARMS", "Difference", "compare_arms", "compare_recipes", "paired_difference"]
@@ -108,12 +108,13 @@ def compare_arms(
     context: Mapping[str, object] | None = None,
     on_event: EventSink = ignore_events,
     random_store: Path | None = None,
+    table: str = "comparison.json",
 ) -> Comparison:
     """Train ``arms`` x ``seeds`` of ``recipe``, ``jobs`` at a time, and return their scores on ``recipe.eval_split``.
 
     Runs lie in ``out/runs/ARM-seedN``; finished ones are kept, stopped ones continue. Every arm reads the geometry of
     ``store_path``, so crops and orientations are paired; arms with random teachers read ``random_store``, built like
-    it. ``without``: classes to leave out of a second mean (too rare to score). Writes ``out/comparison.json`` with
+    it. ``without``: classes to leave out of a second mean (too rare to score). Writes ``out/table`` with
     ``context`` (machine, date, command). Raises what a run raises.
     """
     stores = {arm: random_store if ARMS[arm].random_teachers else store_path for arm in arms if arm in ARMS}
@@ -135,7 +136,7 @@ def compare_arms(
         on_event=on_event,
     )
     document = {"context": dict(context or {}), "recipe": recipe.model_dump(mode="json"), **result.to_json()}
-    replace_file(out / "comparison.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    replace_file(out / table, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     return result
 
 

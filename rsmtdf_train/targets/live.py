@@ -26,7 +26,7 @@ from rsmtdf_train.sample import Targets
 
 if TYPE_CHECKING:
     from rsmtdf_cache.teachers.base import Teacher
-    from rsmtdf_train.targets import TargetSpec
+    from rsmtdf_train.targets.base import TargetSpec
 
 __all__ = ["LiveTarget", "LiveTeachers", "crop_maps", "live_target", "live_targets"]
 

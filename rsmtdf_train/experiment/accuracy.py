@@ -18,7 +18,7 @@ from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.store import FeatureStore
-from rsmtdf_train.compare import Comparison, compare_arms, compare_recipes
+from rsmtdf_train.experiment.compare import Comparison, compare_arms, compare_recipes
 from rsmtdf_train.recipe import Recipe
 
 __all__ = ["AccuracySet", "CORE_ARMS", "MORE_ARMS", "Scored", "measure_accuracy"]
@@ -91,6 +91,7 @@ def measure_accuracy(
                 without=chosen.without,
                 on_event=on_event,
                 random_store=random_store,
+                table=f"{kind}.json",
             )
             found.append(Scored(chosen.name, kind, subset, comparison))
     if more_seeds:

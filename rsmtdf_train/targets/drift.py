@@ -18,7 +18,7 @@ from rsmtdf_cache.request import parse_teacher
 from rsmtdf_cache.sources.base import TileSource
 from rsmtdf_cache.specs import FeatureSpec, ViewSpec
 from rsmtdf_train.loader import BatchLoader
-from rsmtdf_train.targets import StoredTargets
+from rsmtdf_train.targets.stored import StoredTargets
 
 if TYPE_CHECKING:
     from rsmtdf_cache.plan import TeacherLoader

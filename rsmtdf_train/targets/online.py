@@ -27,17 +27,10 @@ from rsmtdf_cache.sources.base import TileSource
 from rsmtdf_cache.specs import EncodingSpec
 from rsmtdf_cache.stats import ChannelStats
 from rsmtdf_train.augment import batch_token_weights
-from rsmtdf_train.live import LiveTarget, LiveTeachers, crop_maps, live_target, live_targets
 from rsmtdf_train.recipe import Recipe
-from rsmtdf_train.targets import (
-    CachedTargets,
-    TargetMode,
-    TargetRequest,
-    TargetSpec,
-    match_keys,
-    silence_constant,
-    target_specs,
-)
+from rsmtdf_train.targets.base import TargetMode, TargetRequest, TargetSpec, match_keys, silence_constant
+from rsmtdf_train.targets.live import LiveTarget, LiveTeachers, crop_maps, live_target, live_targets
+from rsmtdf_train.targets.stored import CachedTargets, target_specs
 
 if TYPE_CHECKING:
     from rsmtdf_cache.plan import TeacherLoader
@@ -136,11 +129,6 @@ def open_online(
     mixed = recipe.targets != "online"
     if cached is None and mixed:
         raise UsageError(f"targets {recipe.targets} reads stored features too: --use-cache STORE, or targets online")
-    if cached is not None and recipe.augment.geometry == "native":
-        raise UsageError(
-            "augment.geometry native shows the teachers crops at a scale that no store has statistics for: leave out "
-            "--use-cache, or set augment.geometry to lattice"
-        )
     if cached is None:
         targets = _asked_targets(source, recipe, device, load)
     else:

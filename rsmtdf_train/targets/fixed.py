@@ -17,7 +17,8 @@ from rsmtdf_cache.errors import UsageError
 from rsmtdf_cache.fixed_views import FixedView
 from rsmtdf_cache.specs import EncodingSpec, FeatureSpec, canonical_json
 from rsmtdf_train.geometry import FixedViewGeometry
-from rsmtdf_train.targets import StoredTargets, TargetRequest, match_keys
+from rsmtdf_train.targets.base import TargetRequest, match_keys
+from rsmtdf_train.targets.stored import StoredTargets
 
 if TYPE_CHECKING:
     from rsmtdf_cache.store import FeatureStore

@@ -20,10 +20,11 @@ from rsmtdf_cache.errors import UsageError
 from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.sources.base import TileSource
 from rsmtdf_train.dataset import TileDataset
-from rsmtdf_train.fixed_targets import FixedViewTargets, fixed_view_geometry
 from rsmtdf_train.geometry import CropGeometry, FixedViewGeometry, Geometry, NativeGeometry
 from rsmtdf_train.recipe import Recipe
-from rsmtdf_train.targets import CachedTargets, StoredTargets, TargetMode, derangement, store_geometry
+from rsmtdf_train.targets.base import TargetMode
+from rsmtdf_train.targets.fixed import FixedViewTargets, fixed_view_geometry
+from rsmtdf_train.targets.stored import CachedTargets, StoredTargets, derangement, store_geometry
 
 if TYPE_CHECKING:
     from rsmtdf_cache.store import FeatureStore
@@ -51,7 +52,7 @@ def open_dataset(
     if recipe.targets != "none" and (recipe.distill is not None or recipe.probe is not None):
         stored = None if store is None else _stored(source, recipe, store, geometry)
         if recipe.online_share > 0 or (recipe.targets != "cached" and stored is None):
-            from rsmtdf_train.online import open_online
+            from rsmtdf_train.targets.online import open_online
 
             if stored is not None and not isinstance(stored, CachedTargets):
                 raise UsageError(f"targets {recipe.targets} goes with augment.geometry lattice or native")
