@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from rsmtdf_train.probe import Probe
     from rsmtdf_train.targets.live import LiveTeachers
 
-__all__ = ["Labeled", "Part", "Prepared", "StepTools", "Strong", "Unlabeled", "part_to", "prepare"]
+__all__ = ["Labeled", "PERTURBED", "Part", "Prepared", "StepTools", "Strong", "Unlabeled", "part_to", "prepare"]
+
+#: Name of the weak view with perturbed features among the counts of a step.
+PERTURBED = "perturbed"
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixed:
-    """A strong view after CutMix: what the student sees, and its pseudo-labels."""
+    """A view that the student learns pseudo-labels on: a strong one after CutMix, or the weak one as it is."""
 
     image: Tensor  # [B, 3, H, W]
     pseudo: Tensor  # [B, H, W] int64
@@ -101,19 +104,26 @@ class Mixed:
 class Prepared:
     """All that the student's passes of one part need, and the counts that its losses are divided by.
 
-    The main pass sees ``[labelled; mixed...]``, unless nothing is segmented yet. ``targets`` belong to
-    ``[labelled; unlabelled]`` in the view that is distilled; ``extra`` are the images among them that the main pass
-    does not see: the weak crops, or all of them before anything is segmented. ``privileged``: true features of the
-    labelled crops.
+    The main pass sees ``[labelled; mixed...; perturbed]``, unless nothing is segmented yet. ``perturbed``: the weak
+    view, whose features the student perturbs (UniMatch). ``targets`` belong to ``[labelled; unlabelled]`` in the view
+    that is distilled; ``extra`` are the images among them that the main pass does not see: the weak crops, or all of
+    them before anything is segmented. ``privileged``: true features of the labelled crops.
     """
 
     labeled: Labeled
     mixed: tuple[Mixed, ...]
+    perturbed: Mixed | None
     targets: Targets | None
     extra: Tensor | None
     privileged: Targets | None
     counts: dict[str, Tensor]
     sums: dict[str, tuple[Tensor, Tensor]]  # name for the log → (numerator, denominator), additive
+
+    @property
+    def views(self) -> dict[str, Mixed]:
+        """Return what the main pass sees of the unlabelled crops, in its order, by the names in ``counts``."""
+        found = {f"unlabeled{i}": view for i, view in enumerate(self.mixed)}
+        return found if self.perturbed is None else {**found, PERTURBED: self.perturbed}
 
 
 def part_to(batch: Batch, device: torch.device, channels_last: bool = False) -> Part:
@@ -150,6 +160,7 @@ def prepare(state: TrainState, part: Part, recipe: Recipe, weights: TermWeights,
     counts: dict[str, Tensor] = {"labeled": tools.supervised.count(labeled.label)}
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     mixed: tuple[Mixed, ...] = ()
+    perturbed: Mixed | None = None
     if unlabeled is not None and weights.segments:
         confidence, pseudo = _pseudo_labels(state, unlabeled, recipe, tools).max(dim=1)
         sums |= _judged(confidence, pseudo, unlabeled, recipe.threshold, tools.ignore_index)
@@ -162,7 +173,8 @@ def prepare(state: TrainState, part: Part, recipe: Recipe, weights: TermWeights,
             )
             for view in unlabeled.views
         )
-        counts |= {f"unlabeled{i}": m.valid.sum() for i, m in enumerate(mixed)}
+        if recipe.method == "unimatch-v1":
+            perturbed = Mixed(unlabeled.weak, pseudo, confidence, unlabeled.valid)
     targets, extra = None, None
     if recipe.distill is not None and weights.distill != 0:
         targets, clean = _distilled(labeled, unlabeled, mixed, recipe, tools, part.step)
@@ -173,7 +185,9 @@ def prepare(state: TrainState, part: Part, recipe: Recipe, weights: TermWeights,
         counts |= {f"distill/{key}": w.sum() for key, w in targets.weights.items()}
     known = recipe.privileged is not None and weights.privileged != 0 and bool(labeled.targets.features)
     privileged = labeled.targets if known else None
-    return Prepared(labeled, mixed, targets, extra, privileged, counts, sums)
+    found = Prepared(labeled, mixed, perturbed, targets, extra, privileged, counts, sums)
+    counts |= {name: view.valid.sum() for name, view in found.views.items()}
+    return found
 
 
 def _pseudo_labels(state: TrainState, unlabeled: Unlabeled, recipe: Recipe, tools: StepTools) -> Tensor:

@@ -64,7 +64,7 @@ class Recipe(Section):
         default=None, gt=0, le=_STEPS_MAX, description="rounds over the unlabelled tiles, instead of steps"
     )
     seed: int = Field(default=0, ge=0)
-    method: Literal["supervised", "fixmatch", "unimatch"] = "fixmatch"
+    method: Literal["supervised", "fixmatch", "unimatch-v1", "unimatch"] = "fixmatch"
     targets: str = Field(default="cached", pattern=_TARGETS)
     crop_px: int = Field(default=128, gt=0)
     batch: BatchConfig = BatchConfig()

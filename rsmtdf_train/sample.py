@@ -99,8 +99,8 @@ class StrongView:
 class UnlabeledBatch:
     """Unlabelled crops: ``image`` is the weak view, for the labeller; each of ``views`` a strong one of the same crops.
 
-    One view, or two for method unimatch. Nothing is recoloured or mixed yet: the step mixes image, pseudo-label,
-    confidence, ``valid`` and targets by the boxes of a view.
+    One view, or two for the methods called unimatch. Nothing is recoloured or mixed yet: the step mixes image,
+    pseudo-label, confidence, ``valid`` and targets by the boxes of a view.
     """
 
     image: Tensor  # [B, 3, H, W] uint8

@@ -11,15 +11,18 @@ from torch import Tensor
 from rsmtdf_train.fused_student import FusedStudent
 from rsmtdf_train.losses import pseudo_label_loss
 from rsmtdf_train.objective import TermWeights, combine, distill_term, term_weights
-from rsmtdf_train.prepare import Part, Prepared, StepTools, prepare
+from rsmtdf_train.prepare import PERTURBED, Part, Prepared, StepTools, prepare
 from rsmtdf_train.processes import Processes
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.seeds import step_seed
 from rsmtdf_train.state import TrainState, set_learning_rates, update_ema
 
-__all__ = ["complementary_masks", "train_step"]
+__all__ = ["channel_dropout", "complementary_masks", "train_step"]
 
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: UniMatch (Yang et al. 2023): share of the weak view's channels that are dropped.
+_DROPPED_CHANNELS = 0.5
 
 #: UniMatch V2 (Yang et al. 2025): half of the channels go to each strong view, in half of the crops.
 _DROPPED_CROPS = 0.5
@@ -74,6 +77,15 @@ def train_step(
     return _logged(logs, prepared, state.student, lr, world)
 
 
+def channel_dropout(channels: Sequence[int], crops: int, device: torch.device) -> list[Tensor]:
+    """Return a factor ``[crops, S, 1, 1]`` for each map: 0 or 2 by chance (UniMatch, section 3.2).
+
+    Drawn from torch's global generator, which the step has seeded.
+    """
+    kept = 1 - _DROPPED_CHANNELS
+    return [torch.bernoulli(torch.full((crops, n, 1, 1), kept, device=device)) / kept for n in channels]
+
+
 def complementary_masks(channels: Sequence[int], crops: int, device: torch.device) -> list[Tensor]:
     """Return a factor ``[2 * crops, S, 1, 1]`` for each map: crop i keeps in its second view what the first one drops.
 
@@ -102,8 +114,8 @@ def _terms(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the losses of one part by the names of ``TermWeights``, and the cosines of the log.
 
-    One pass of the student over [labelled; strong views]; one more of its encoder over what is distilled and was not
-    among them.
+    One pass of the student over [labelled; strong; perturbed views]; one more of its encoder over what is distilled
+    and was not among them.
     """
     terms: dict[str, Tensor] = {}
     translated: dict[str, Tensor] = {}  # of what is distilled, on the student's grids
@@ -111,25 +123,14 @@ def _terms(
     side = labeled.image.shape[-2]
     size = (side, labeled.image.shape[-1])
     if weights.segments:
-        images = torch.cat([labeled.image, *(m.image for m in prepared.mixed)])
+        images = torch.cat([labeled.image, *(view.image for view in prepared.views.values())])
         encoded = student.encode(images)
         translated = student.translate(encoded)
-        masks = None
-        if recipe.method == "unimatch" and prepared.mixed:
-            ones = [m.new_ones(count, m.shape[1], 1, 1) for m in encoded.maps]
-            drawn = complementary_masks([m.shape[1] for m in encoded.maps], len(prepared.mixed[0].image), images.device)
-            masks = [torch.cat(pair) for pair in zip(ones, drawn, strict=True)]
+        masks = _channel_masks(recipe.method, encoded.maps, count, prepared)
         logits = student.decode(encoded, translated, size, masks)
         terms["labeled"] = tools.supervised(logits[:count], labeled.label, divisors["labeled"], share)
-        if prepared.mixed:
-            chunks = logits[count:].chunk(len(prepared.mixed))
-            losses = [
-                pseudo_label_loss(
-                    chunk, m.pseudo, m.confidence, m.valid, recipe.threshold, denominator=divisors[f"unlabeled{i}"]
-                )
-                for i, (chunk, m) in enumerate(zip(chunks, prepared.mixed, strict=True))
-            ]
-            terms["unlabeled"] = torch.stack(losses).mean()
+        if prepared.views:
+            terms["unlabeled"] = _unlabeled_term(logits[count:], prepared, recipe.threshold, divisors)
         if prepared.privileged is not None and student.fusion is not None:
             known = encoded.first(count)
             mine = {k: v[:count] for k, v in translated.items()}
@@ -148,6 +149,31 @@ def _terms(
     by_key = {key: divisors[f"distill/{key}"] for key in translated}
     terms["distill"], cosines = distill_term(recipe.distill, student.align(translated, side), prepared.targets, by_key)
     return terms, cosines
+
+
+def _unlabeled_term(logits: Tensor, prepared: Prepared, threshold: float, divisors: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean loss of the strong views; the perturbed one is half of the term (UniMatch, equation 5)."""
+    views = prepared.views
+    losses = {
+        name: pseudo_label_loss(chunk, v.pseudo, v.confidence, v.valid, threshold, denominator=divisors[name])
+        for (name, v), chunk in zip(views.items(), logits.chunk(len(views)), strict=True)
+    }
+    perturbed = losses.pop(PERTURBED, None)
+    strong = torch.stack(list(losses.values())).mean()
+    return strong if perturbed is None else (strong + perturbed) / 2
+
+
+def _channel_masks(method: str, maps: Sequence[Tensor], labeled: int, prepared: Prepared) -> list[Tensor] | None:
+    """Return factors ``[B, S, 1, 1]`` of the encoder's maps for the main pass; None: no channel is dropped."""
+    if not prepared.mixed or method not in ("unimatch-v1", "unimatch"):
+        return None
+    channels, device = [m.shape[1] for m in maps], maps[0].device
+    crops = len(prepared.mixed[0].image)
+    if method == "unimatch":
+        whole, drawn = labeled, complementary_masks(channels, crops, device)
+    else:
+        whole, drawn = labeled + crops * len(prepared.mixed), channel_dropout(channels, crops, device)
+    return [torch.cat([mask.new_ones(whole, *mask.shape[1:]), mask]) for mask in drawn]
 
 
 def _divisors(prepared: Sequence[Prepared], world: Processes) -> dict[str, Tensor]:

@@ -367,10 +367,11 @@ def test_a_batch_that_cannot_be_cut_evenly_is_refused_before_the_first_step(
     assert open_loader(data, store, batch={"labeled": 4, "unlabeled": 3}, **off).batch(0, 1, 2).unlabeled is None
 
 
-def test_a_second_strong_view_leaves_the_first_as_fixmatch_has_it(data: Path, store: FeatureStore) -> None:
+@pytest.mark.parametrize("method", ["unimatch-v1", "unimatch"])
+def test_a_second_strong_view_leaves_the_first_as_fixmatch_has_it(data: Path, store: FeatureStore, method: str) -> None:
     twenty = {"labeled": 2, "unlabeled": 20}
     one = open_loader(data, store, batch=twenty).batch(1).unlabeled
-    two = open_loader(data, store, batch=twenty, method="unimatch").batch(1).unlabeled
+    two = open_loader(data, store, batch=twenty, method=method).batch(1).unlabeled
     assert one is not None and two is not None and len(two.views) == 2
     first, second = two.views
     assert rows_of(dataclasses.replace(two, views=(first,))) == rows_of(one)

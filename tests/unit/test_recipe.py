@@ -27,7 +27,7 @@ def test_the_bundled_recipe_is_valid_and_comes_back_equal_from_its_own_text(tmp_
         ("steps=many", "steps: .*integer"),
         ("steps=0", "steps: .*greater than 0"),
         ("threshold=1.5", "threshold: .*less than or equal to 1"),
-        ("method=fixmtch", "method: .*'supervised', 'fixmatch' or 'unimatch'"),
+        ("method=fixmtch", "method: .*'supervised', 'fixmatch', 'unimatch-v1' or 'unimatch'"),
         ("batch.unlabeled=0", "fixmatch needs batch.unlabeled"),
         ("steps.deep=1", "has no keys to set"),
         ("steps", "write key=value"),

@@ -17,7 +17,7 @@ from rsmtdf_train.prepare import Labeled, Part, Prepared, StepTools, Strong, Unl
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sample import Targets
 from rsmtdf_train.state import TrainState, build_state, set_learning_rates, update_ema
-from rsmtdf_train.step import complementary_masks, train_step
+from rsmtdf_train.step import _unlabeled_term, channel_dropout, complementary_masks, train_step
 
 KEY, CLASSES, IGNORE = "t/s64/x", 3, 255
 SHAPE = TargetShape(KEY, 5, 8.0)
@@ -267,6 +267,63 @@ def test_unimatch_learns_from_both_strong_views_and_distils_the_first() -> None:
         found = losses(altered(base, views=views))
         assert found[0] != plain[0]
         assert (found[1] == pytest.approx(plain[1], rel=1e-6)) is not distils
+
+
+def test_unimatch_v1_adds_the_weak_view_with_dropped_channels_as_half_of_the_term() -> None:
+    v1, v2 = recipe(method="unimatch-v1"), recipe(method="unimatch")
+    base = part(views=2)
+    s = state(v1)
+    prepared = prepared_of(s, v1, base)
+    assert prepared.perturbed is not None and list(prepared.views) == ["unlabeled0", "unlabeled1", "perturbed"]
+    assert torch.equal(prepared.perturbed.image, unlabeled(base).weak), "the weak view as it is, not mixed"
+    assert prepared_of(state(v2), v2, base).perturbed is None
+
+    def loss(one: Part, **changes: Any) -> float:
+        here = recipe(method="unimatch-v1", **changes)
+        s = state(here)
+        s.student.eval()
+        return step_of(s, here, one)["loss_unlabeled"]
+
+    # With nothing to learn on the strong views, what is left is half of the perturbed view's loss, and it is no 0.
+    s.student.eval()
+    encoded = s.student.encode(prepared.perturbed.image)
+    plain = s.student.decode(encoded, s.student.translate(encoded), (64, 64))
+    whole = torch.nn.functional.cross_entropy(plain, prepared.perturbed.pseudo)
+    silent = dataclasses.replace(prepared, mixed=tuple(
+        dataclasses.replace(m, valid=torch.zeros_like(m.valid)) for m in prepared.mixed
+    ))  # fmt: skip
+    divisors = {name: view.valid.sum().float().clamp(min=1) for name, view in silent.views.items()}
+    logits = torch.cat([plain] * 3)
+    found = _unlabeled_term(logits, silent, 0.0, divisors)
+    assert found.item() == pytest.approx(whole.item() / 2, rel=1e-5) and whole > 0.1
+    assert loss(altered(base, weak=unlabeled(base).weak.flip(0))) != loss(base)
+
+
+def test_dropped_channels_are_half_and_scaled_so_that_the_mean_stays() -> None:
+    torch.manual_seed(0)
+    fine, coarse = channel_dropout([400, 10], 6, torch.device("cpu"))
+    assert fine.shape == (6, 400, 1, 1) and coarse.shape == (6, 10, 1, 1)
+    assert set(fine.unique().tolist()) == {0.0, 2.0}
+    assert ((fine.mean((1, 2, 3)) > 0.8) & (fine.mean((1, 2, 3)) < 1.2)).all()
+    assert not torch.equal(fine[0], fine[1]), "each crop drops its own channels"
+
+
+def test_the_student_meets_dropped_channels_on_the_perturbed_view_alone() -> None:
+    here = recipe(method="unimatch-v1")
+    s = state(here)
+    seen: list[list[Tensor]] = []
+    original = s.student.decode
+
+    def decode(encoded: Any, translated: Any, size: Any, masks: Any = None) -> Tensor:
+        seen.append(masks)
+        return original(encoded, translated, size, masks)
+
+    s.student.decode = decode  # type: ignore[method-assign]
+    step_of(s, here, part(views=2))
+    (masks,) = [m for m in seen if m is not None]
+    for mask in masks:
+        assert len(mask) == 2 + 4 * 3
+        assert bool((mask[:10] == 1).all()) and set(mask[10:].unique().tolist()) == {0.0, 2.0}
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
