@@ -191,6 +191,8 @@ def tell_about(run: Run, on_event: TrainSink) -> None:
         on_event(Warned(f"{len(left_out)} tiles that the store's build could not use are left out of training"))
     if run.loader.targets is not None and run.loader.targets.approximated:
         on_event(Warned(_approximations(run.loader.targets.approximated)))
+    if run.recipe.eval_split not in ("val", "test"):
+        on_event(Warned(f"eval_split {run.recipe.eval_split}: these tiles are trained on; score val or test"))
     distill, steps = run.recipe.distill, run.recipe.total_steps
     if distill is not None and distill.only_steps >= steps:
         on_event(Warned(f"distill.only_steps {distill.only_steps} of {steps} steps: the student never sees a label"))

@@ -280,6 +280,15 @@ def test_a_class_that_no_labelled_tile_shows_is_named(root: Path, tmp_path: Path
     assert "no labelled tile shows glacier:" in warned and "splits/labeled/5.txt" in warned
 
 
+def test_scores_of_tiles_that_are_trained_on_come_with_a_word(root: Path, tmp_path: Path) -> None:
+    said: list[object] = []
+    for split in ("val", "5"):
+        chosen = plain(root, steps=1, method="supervised", eval_split=split)
+        train(chosen, tmp_path / split, device="cpu", tensorboard=False, on_event=said.append)
+    [warned] = [e.text for e in said if isinstance(e, Warned)]
+    assert "eval_split 5: these tiles are trained on" in warned
+
+
 def test_live_teachers_are_in_no_checkpoint(root: Path) -> None:
     teacher = "timm:test_vit,pretrained=none,layers=block1"
     chosen = recipe(root, targets="online", teachers=[teacher], steps=2, fuse=True, checkpoint_every=1)
