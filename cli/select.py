@@ -25,6 +25,7 @@ _ROWS = 40  # of the table
 class _Strategy(StrEnum):
     TYPICAL = "typical"
     K_CENTER = "k-center"
+    UNCERTAIN = "uncertain"
 
 
 @command
@@ -35,7 +36,10 @@ def select(
     ],
     strategy: Annotated[
         _Strategy,
-        typer.Option(help="typical: the densest tile of each cluster; k-center: always the farthest from the others."),
+        typer.Option(
+            help="typical: the densest tile of each cluster; k-center: always the farthest from the others; uncertain: "
+            "the tile of each cluster that a probe, taught by the tiles of --have, is least certain of."
+        ),
     ] = _Strategy.TYPICAL,
     have: Annotated[
         list[str] | None,
@@ -59,7 +63,7 @@ def select(
         list[str] | None,
         typer.Option(metavar="GLOB", help="Arrays to go by, such as 'dino*/*/block11' (default: all upright ones)."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Where the clusters of `typical` start.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Where the clusters of `typical` and `uncertain` start.")] = 0,
     picture: Annotated[
         Path | None,
         typer.Option(help="Draw the chosen tiles and a map of all tiles here.", parser=png_file, metavar="PNG"),
@@ -69,9 +73,10 @@ def select(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Choose the tiles worth labelling from stored features, before any label exists, and write their list.
+    """Choose the tiles worth labelling from stored features and write their list.
 
-    `rsmtdf train RECIPE --set labeled=NAME` trains with it. Labels are never read.
+    `rsmtdf train RECIPE --set labeled=NAME` trains with it. Labels are never read,
+    but for those of --have with `--strategy uncertain`.
     """
     from rsmtdf_cache.choose.selection import Budget, choose_tiles, default_name, subset_path, write_subset
     from rsmtdf_cache.store import FeatureStore
@@ -156,16 +161,19 @@ def _without_masks(source: TileSource | None, ids: list[str]) -> list[str]:
 def _show(choice: TileChoice) -> None:
     from rich.table import Column, Table
 
-    group = "in its cluster" if choice.strategy == "typical" else "nearest to it"
+    group = "nearest to it" if choice.strategy == "k-center" else "in its cluster"
+    probed = choice.strategy == "uncertain"
     table = Table(
         "", "tile", Column(f"tiles {group}", justify="right"), Column("distance to those before", justify="right"),
-        Column("typicality", justify="right"), "",
+        Column("typicality", justify="right"), *([Column("uncertainty", justify="right")] if probed else []), "",
     )  # fmt: skip
     for n, tile in enumerate(choice.tiles[:_ROWS]):
         table.add_row(
             str(n + 1), plain(tile.id), "" if tile.group is None else str(tile.group),
             "" if tile.distance is None else f"{tile.distance:.2f}",
-            "" if tile.typicality is None else f"{tile.typicality:.2f}", "labelled already" if tile.kept else "",
+            "" if tile.typicality is None else f"{tile.typicality:.2f}",
+            *(["" if tile.uncertainty is None else f"{tile.uncertainty:.2f}"] if probed else []),
+            "labelled already" if tile.kept else "",
         )  # fmt: skip
     screen = console()
     screen.print(table)

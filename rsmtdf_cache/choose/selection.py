@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from rsmtdf_cache.choose.clusters import nearest, squared_distances
 from rsmtdf_cache.choose.descriptors import Descriptors, describe_tiles, upright_arrays
-from rsmtdf_cache.choose.strategies import Order, farthest_first, random_order, typical_first
+from rsmtdf_cache.choose.strategies import Order, farthest_first, random_order, typical_first, uncertain_first
+from rsmtdf_cache.choose.uncertainty import labelled_tiles, tile_uncertainty
 from rsmtdf_cache.errors import DataError, MismatchError, UsageError
 from rsmtdf_cache.events import EventSink, Warned, ignore_events
 from rsmtdf_cache.files import replace_file
@@ -25,7 +26,7 @@ __all__ = [
     "Budget",
     "ChosenTile",
     "Coverage",
-    "STRATEGIES",
+    "LABEL_FREE",
     "Strategy",
     "TileChoice",
     "candidate_rows",
@@ -36,8 +37,9 @@ __all__ = [
     "write_subset",
 ]
 
-Strategy = Literal["typical", "k-center"]
-STRATEGIES: tuple[Strategy, ...] = ("typical", "k-center")
+Strategy = Literal["typical", "k-center", "uncertain"]
+#: Strategies that need no label.
+LABEL_FREE: tuple[Strategy, ...] = ("typical", "k-center")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _RESERVED = {"train", "val", "test"}
@@ -88,8 +90,8 @@ class ChosenTile:
 
     ``kept``: labelled already. ``distance``: to the nearest tile before it in the list, None for the first one (1 is
     the root mean square distance of two tiles). ``typicality``: 1 / mean distance to its nearest neighbours. ``group``:
-    tiles in its cluster (typical), or nearer to it than to any other of the list (k-center). None for a kept tile that
-    has no features.
+    tiles in its cluster, or nearer to it than to any other of the list (k-center). ``uncertainty``: of a probe that
+    learned from the kept tiles, 0..1 (uncertain; None by other strategies). None for a kept tile without features.
     """
 
     id: str
@@ -97,6 +99,7 @@ class ChosenTile:
     distance: float | None
     typicality: float | None
     group: int | None
+    uncertainty: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,12 +149,14 @@ def choose_tiles(
     arrays: Sequence[str] = (),
     on_event: EventSink = ignore_events,
 ) -> TileChoice:
-    """Return ``budget`` train tiles of ``store``; labels are not read.
+    """Return ``budget`` train tiles of ``store``; no labels are read but, by ``uncertain``, those of ``have``.
 
     ``source``: its train split is chosen from; None = the split that the store remembers. ``have``: ids that are
     labelled already; they are kept, count as covered, and are part of the budget. ``arrays``: globs of
-    ``teacher/view/layer`` (default: all upright arrays of whole tiles). ``seed`` matters to ``typical`` alone. Raises
-    ``UsageError`` for a budget or array that cannot be, ``MismatchError`` when no train tile has features.
+    ``teacher/view/layer`` (default: all upright arrays of whole tiles). ``seed`` matters to clusters alone:
+    ``typical`` and ``uncertain``. Raises ``UsageError`` for a budget or array that cannot be and for ``uncertain``
+    without labelled tiles to learn from, ``MismatchError`` when no train tile has features, ``DataError`` for a mask
+    that cannot be read, ``ResourceError`` when there are more labelled tiles than memory.
     """
     keys = upright_arrays(store, arrays)
     rows, without = candidate_rows(store, keys, source)
@@ -159,6 +164,7 @@ def choose_tiles(
     kept = list(dict.fromkeys(have))
     count = budget.count(len(rows))
     place = {tile_id: i for i, tile_id in enumerate(ids)}
+    labelled = labelled_tiles(store, source, kept, place) if strategy == "uncertain" else {}
     unknown = [tile_id for tile_id in kept if tile_id not in place]
     if unknown:
         on_event(Warned(
@@ -180,8 +186,11 @@ def choose_tiles(
         ))  # fmt: skip
     found = describe_tiles(store, keys, rows, on_event)
     covered = [place[tile_id] for tile_id in kept if tile_id in place]
-    order = order_tiles(strategy, found.vectors, number, covered, seed, on_event)
-    tiles = _chosen(ids, found, order, kept, covered, place)
+    uncertainty = None
+    if source is not None and labelled:
+        uncertainty = tile_uncertainty(store, keys, rows, source, labelled, on_event)
+    order = order_tiles(strategy, found.vectors, number, covered, seed, on_event, uncertainty)
+    tiles = _chosen(ids, found, order, kept, covered, place, uncertainty)
     listed = [*covered, *order.chosen]
     return TileChoice(
         store.shown, store.snapshot, strategy, seed, tiles, _coverage(found.vectors, listed, covered, number), ids,
@@ -191,9 +200,13 @@ def choose_tiles(
 
 def order_tiles(
     strategy: Strategy, points: NDArray[np.float32], number: int, have: Sequence[int] = (), seed: int = 0,
-    on_event: EventSink = ignore_events,
+    on_event: EventSink = ignore_events, uncertainty: NDArray[np.float32] | None = None,
 ) -> Order:  # fmt: skip
-    """Return the order of ``strategy``."""
+    """Return the order of ``strategy``; ``uncertain`` needs the ``uncertainty`` ``[n]`` of all tiles."""
+    if strategy == "uncertain":
+        if uncertainty is None:
+            raise ValueError("the order of `uncertain` needs the uncertainty of all tiles")
+        return uncertain_first(points, uncertainty, number, have, seed, on_event)
     if strategy == "typical":
         return typical_first(points, number, have, seed, on_event)
     return farthest_first(points, number, have, on_event)
@@ -227,7 +240,7 @@ def default_name(strategy: Strategy, budget: Budget, seed: int = 0) -> str:
 
     The seed is in it where it matters and is not 0.
     """
-    return f"{strategy}-{budget.label}" + (f"-s{seed}" if seed and strategy == "typical" else "")
+    return f"{strategy}-{budget.label}" + (f"-s{seed}" if seed and strategy != "k-center" else "")
 
 
 def subset_path(source: TileSource, name: str) -> Path:
@@ -260,7 +273,7 @@ def write_subset(source: TileSource, name: str, ids: Sequence[str], force: bool 
 
 def _chosen(
     ids: Sequence[str], found: Descriptors, order: Order, kept: Sequence[str], covered: Sequence[int],
-    place: dict[str, int],
+    place: dict[str, int], uncertainty: NDArray[np.float32] | None,
 ) -> list[ChosenTile]:  # fmt: skip
     listed = [*covered, *order.chosen]
     distances = _steps(found.vectors, listed)
@@ -273,11 +286,14 @@ def _chosen(
         sizes = np.bincount(labels)
         groups = {i: int(sizes[labels[i]]) for i in listed}
     about = {
-        i: (d, float(1 / max(order.neighbours[i], 1e-6)) if np.isfinite(order.neighbours[i]) else None, groups[i])
+        i: (
+            d, float(1 / max(order.neighbours[i], 1e-6)) if np.isfinite(order.neighbours[i]) else None, groups[i],
+            None if uncertainty is None else float(uncertainty[i]),
+        )
         for i, d in zip(listed, distances, strict=True)
-    }
+    }  # fmt: skip
     first = [
-        ChosenTile(tile_id, True, *(about[place[tile_id]] if tile_id in place else (None, None, None)))
+        ChosenTile(tile_id, True, *(about[place[tile_id]] if tile_id in place else (None, None, None, None)))
         for tile_id in kept
     ]
     return first + [ChosenTile(ids[i], False, *about[i]) for i in order.chosen]

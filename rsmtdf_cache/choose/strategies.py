@@ -2,6 +2,8 @@
 
 ``typical``: TypiClust (Hacohen, Dekel, Weinshall 2022, section 3.2): as many clusters as tiles asked for, the most
 typical tile of each; typicality is the inverse mean distance to the nearest neighbours within the cluster.
+``uncertain``: of the same clusters the tile that a probe is least certain of (entropy sampling, Settles 2009, section
+3.1), so that the tiles are not all of one kind.
 ``k-center``: greedy farthest point (Sener, Savarese 2018, algorithm 1) from the most typical tile of all.
 
 Shape legend: n tiles, d components. Distances are those of the vectors, not squared.
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from rsmtdf_cache.choose.clusters import cluster, nearest, squared_distances, squared_lengths
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
 
-__all__ = ["Order", "farthest_first", "neighbour_distances", "random_order", "typical_first"]
+__all__ = ["Order", "farthest_first", "neighbour_distances", "random_order", "typical_first", "uncertain_first"]
 
 _NEIGHBOURS = 20  # as in the paper
 _SMALL = 5  # tiles; the released code of TypiClust leaves smaller clusters out
@@ -76,8 +78,37 @@ def typical_first(
     There are as many clusters as tiles in both. One of less than 5 tiles (or half the mean size, where that is less)
     is left to the others, unless nothing else is left.
     """
+    return _from_clusters(points, number, have, seed, on_event)
+
+
+def uncertain_first(
+    points: NDArray[np.float32],
+    uncertainty: NDArray[np.float32],
+    number: int,
+    have: Sequence[int] = (),
+    seed: int = 0,
+    on_event: EventSink = ignore_events,
+) -> Order:
+    """Return ``number`` tiles beside ``have``: of each cluster that of the largest ``uncertainty`` ``[n]``.
+
+    Clusters are those of ``typical_first``, and small ones are left out alike; of the least covered ones that with the
+    most uncertain tile comes first.
+    """
+    return _from_clusters(points, number, have, seed, on_event, _ranks(-uncertainty))
+
+
+def _from_clusters(
+    points: NDArray[np.float32], number: int, have: Sequence[int], seed: int, on_event: EventSink,
+    ranks: NDArray[np.intp] | None = None,
+) -> Order:  # fmt: skip
+    """Return the tiles of smallest rank from the least covered clusters, of those from that of the smallest rank.
+
+    ``ranks`` ``[n]``; None = tiles by typicality, clusters by size.
+    """
     clusters = cluster(points, min(len(points), number + len(have)), seed, on_event)
-    covered = np.bincount(clusters[list(have)], minlength=int(clusters.max()) + 1)
+    sizes = np.bincount(clusters)
+    covered = np.bincount(clusters[list(have)], minlength=len(sizes))
+    standing = -sizes[clusters] if ranks is None else ranks  # [n], of a cluster by the tile that is its next
     taken = set(have)
     neighbours = np.empty(len(points), np.float32)
     on_event(ProgressStart("order", "choosing tiles", number))
@@ -86,17 +117,19 @@ def typical_first(
     waiting: list[tuple[bool, int, int, int, list[int]]] = []  # a heap; the first member tells all of them apart
     for members in groups:
         neighbours[members] = neighbour_distances(points[members], on_event=on_event)
-        queue = [int(m) for m in members[_ascending(neighbours[members])] if int(m) not in taken]
+        ranked = np.argsort(_ranks(neighbours[members]) if ranks is None else ranks[members], kind="stable")
+        queue = [int(m) for m in members[ranked] if int(m) not in taken]
         if queue:
             number_covered = int(covered[clusters[members[0]]])
-            waiting.append((len(members) < least, number_covered, -len(members), int(members[0]), queue))
+            stands = int(standing[queue[0]])
+            waiting.append((len(members) < least, number_covered, stands, int(members[0]), queue))
     heapq.heapify(waiting)
     chosen: list[int] = []
     while len(chosen) < number:
-        small, times, size, first, queue = heapq.heappop(waiting)
+        small, times, _, first, queue = heapq.heappop(waiting)
         chosen.append(queue.pop(0))
         if queue:
-            heapq.heappush(waiting, (small, times + 1, size, first, queue))
+            heapq.heappush(waiting, (small, times + 1, int(standing[queue[0]]), first, queue))
         on_event(Progress("order", 1))
     on_event(ProgressEnd("order"))
     return Order(chosen, neighbours, clusters)
@@ -120,7 +153,7 @@ def farthest_first(
         distances = np.full(len(points), np.inf, np.float32)
     while len(chosen) < number:
         first = not have and not chosen
-        place = int(_ascending(neighbours)[0]) if first else _first_largest(distances)
+        place = int(_ranks(neighbours).argmin()) if first else _first_largest(distances)
         chosen.append(place)
         distances = np.minimum(distances, squared_distances(points, points[[place]], squares)[:, 0])
         distances[place] = -1.0
@@ -147,9 +180,11 @@ def _first_largest(values: NDArray[np.float32]) -> int:
     return int(np.argmax(values >= most - _ALIKE * abs(most)))
 
 
-def _ascending(values: NDArray[np.float32]) -> NDArray[np.intp]:
-    """Return positions by value; values that differ by rounding alone are equal and keep their order."""
+def _ranks(values: NDArray[np.float32]) -> NDArray[np.intp]:
+    """Return for each value how many smaller ones there are but for repetitions; rounding makes no difference."""
     places = np.argsort(values, kind="stable")
     ordered = values[places].astype(np.float64)
     steps = np.diff(ordered, prepend=ordered[:1]) > _ALIKE * np.abs(ordered)
-    return places[np.lexsort((places, np.cumsum(steps)))]
+    ranks = np.empty(len(values), np.intp)
+    ranks[places] = np.cumsum(steps)
+    return ranks

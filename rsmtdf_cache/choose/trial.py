@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.choose.descriptors import describe_tiles, upright_arrays
-from rsmtdf_cache.choose.selection import STRATEGIES, Budget, candidate_rows, order_tiles
+from rsmtdf_cache.choose.selection import LABEL_FREE, Budget, candidate_rows, order_tiles
 from rsmtdf_cache.choose.strategies import random_order
 from rsmtdf_cache.errors import DataError, ResourceError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
@@ -29,7 +29,7 @@ from rsmtdf_cache.tune.probe import ProbeTask
 
 __all__ = ["ARMS", "Trial", "try_choices"]
 
-ARMS: tuple[str, ...] = ("random", *STRATEGIES)
+ARMS: tuple[str, ...] = ("random", *LABEL_FREE)
 
 _POOL = 0.8
 _JUDGED = 200  # tiles a round, at most
@@ -105,7 +105,7 @@ def _trial(
         rng = np.random.default_rng([seed, number])
         offered = np.sort(rng.permutation(len(points))[:pool])
         found = {"random": random_order(pool, budget, seed=int(rng.integers(2**31)))}
-        found |= {s: order_tiles(s, points[offered], budget, seed=number).chosen for s in STRATEGIES}
+        found |= {s: order_tiles(s, points[offered], budget, seed=number).chosen for s in LABEL_FREE}
         chosen = {arm: sorted(int(offered[i]) for i in places) for arm, places in found.items()}
         taken = {i for several in chosen.values() for i in several}
         judged = sorted([int(i) for i in rng.permutation(len(points)) if int(i) not in taken][:_JUDGED])

@@ -5,13 +5,13 @@ map and an interpolation commute, so arrays of any stride are summed on one grid
 The probe learns at a lattice of points in each tile, from the shares of the classes in the cell around each point, and
 is judged on pixels. Softmax regression, full batch, L2, LBFGS from zero: no chance in it, the same for all candidates.
 
-Shape legend: n training tiles, m held-out tiles, p points a tile, P pixels judged a side, C classes, D channels.
+Shape legend: n training tiles, m other tiles, p points a tile, P places a side, C classes, D channels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,24 +46,51 @@ class LinearProbe:
     weights: list[Tensor]  # [D, C]
     bias: Tensor
 
+    def logits(
+        self, maps: Sequence[NDArray[np.floating]], grids: Sequence[Grid], centres: NDArray[np.float64]
+    ) -> Iterator[Tensor]:
+        """Yield logits ``[P, P, C]`` float32 of each tile, at the pixel ``centres`` ``[P]`` of either axis.
+
+        ``maps``: ``[m, h, w, D]`` by array.
+        """
+        device = self.bias.device
+        between = [torch.from_numpy(_weights(g, centres)).to(device) for g in grids]
+        offset = self.bias
+        for mean, std, weight in zip(self.means, self.stds, self.weights, strict=True):
+            offset = offset - (mean / std) @ weight
+        gains = [weight / std[:, None] for weight, std in zip(self.weights, self.stds, strict=True)]
+        for n in range(len(maps[0])):
+            logits = offset.view(1, 1, -1)
+            for values, gain, reach in zip(maps, gains, between, strict=True):
+                tokens = torch.from_numpy(values[n].astype(np.float32)).to(device) @ gain
+                rows = torch.tensordot(reach, tokens, 1)  # [P, w, C]
+                logits = logits + torch.matmul(reach, rows)
+            yield logits
+
 
 class ProbeTask:
-    """Labels of ``n`` tiles to learn from, ``m`` to be judged on: masks ``[., H, H]`` uint8, ``ignore`` where none."""
+    """Labels of ``n`` tiles to learn from, ``m`` to be judged on: masks ``[H, H]`` uint8, ``ignore`` where none.
+
+    ``train_masks``: looked at one by one and not kept. ``held_masks`` ``[m, H, H]``, m may be 0.
+    """
 
     def __init__(
-        self, train_masks: NDArray[np.uint8], held_masks: NDArray[np.uint8], classes: int, ignore: int,
+        self, train_masks: Iterable[NDArray[np.uint8]], held_masks: NDArray[np.uint8], classes: int, ignore: int,
         device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
         self.classes, self._ignore, self._device = classes, ignore, torch.device(device)
-        self.tile_px = train_masks.shape[1]
+        self.tile_px = held_masks.shape[1]
         cells = cells_of(self.tile_px)
         self._cell_px = self.tile_px / cells
         step = min(_EACH, cells)
-        #: The corner of the lattice moves from tile to tile, so that ``step ** 2`` tiles visit every cell.
-        self._phases = [(n // step % step, n % step) for n in range(len(train_masks))]
         self._centres = {start: (np.arange(start, cells, step) + 0.5) * self._cell_px for start in range(step)}
-        shares = _class_counts(train_masks, cells, classes)
-        chosen = [shares[n, y::step, x::step] for n, (y, x) in enumerate(self._phases)]
+        #: The corner of the lattice moves from tile to tile, so that ``step ** 2`` tiles visit every cell.
+        self._phases: list[tuple[int, int]] = []
+        chosen = []
+        for n, mask in enumerate(train_masks):
+            y, x = n // step % step, n % step
+            self._phases.append((y, x))
+            chosen.append(_class_counts(mask, cells, classes)[y::step, x::step])
         counts = np.stack(chosen).reshape(-1, classes).astype(np.float32)
         self.counts = torch.from_numpy(counts / max(1.0, float(counts.sum()))).to(self._device)
         pace = max(1, self.tile_px // _JUDGED_PX)
@@ -71,11 +98,14 @@ class ProbeTask:
         self._pixel_centres = pixels + 0.5
         self.labels = torch.from_numpy(held_masks[:, pixels][:, :, pixels].astype(np.int64)).to(self._device)
 
-    def points(self, maps: NDArray[np.floating], grid: Grid) -> Tensor:
-        """Return features ``[n * p, D]`` float32 at the points, of maps ``[n, h, w, D]`` of the training tiles."""
+    def points(self, maps: NDArray[np.floating], grid: Grid, first: int = 0) -> Tensor:
+        """Return features ``[n * p, D]`` float32 at the points, of maps ``[n, h, w, D]`` of the training tiles.
+
+        Where these are not all of them: of those from the number ``first`` on.
+        """
         rows = {s: _weights(grid, c) for s, c in self._centres.items()}
         parts = []
-        for values, (y, x) in zip(maps, self._phases, strict=True):
+        for values, (y, x) in zip(maps, self._phases[first : first + len(maps)], strict=True):
             height, width, channels = values.shape
             mixed = rows[y] @ values.astype(np.float32).reshape(height, width * channels)
             parts.append((rows[x] @ mixed.reshape(-1, width, channels)).reshape(-1, channels))
@@ -113,18 +143,8 @@ class ProbeTask:
         """
         from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-        between = [torch.from_numpy(_weights(g, self._pixel_centres)).to(self._device) for g in grids]
-        offset = probe.bias
-        for mean, std, weight in zip(probe.means, probe.stds, probe.weights, strict=True):
-            offset = offset - (mean / std) @ weight
-        gains = [weight / std[:, None] for weight, std in zip(probe.weights, probe.stds, strict=True)]
         found = []
-        for n, label in enumerate(self.labels):
-            logits = offset.view(1, 1, -1)
-            for values, gain, reach in zip(maps, gains, between, strict=True):
-                tokens = torch.from_numpy(values[n].astype(np.float32)).to(self._device) @ gain
-                rows = torch.tensordot(reach, tokens, 1)  # [P, w, C]
-                logits = logits + torch.matmul(reach, rows)
+        for label, logits in zip(self.labels, probe.logits(maps, grids, self._pixel_centres), strict=True):
             found.append(
                 multiclass_confusion_matrix(
                     logits.argmax(-1), label, num_classes=self.classes, ignore_index=self._ignore, validate_args=False
@@ -133,11 +153,10 @@ class ProbeTask:
         return torch.stack(found).cpu().long()
 
 
-def _class_counts(masks: NDArray[np.uint8], cells: int, classes: int) -> NDArray[np.int64]:
-    """Return pixels of each class in each cell, ``[n, cells, cells, C]``."""
-    tiles, side, _ = masks.shape
-    pixels = masks.reshape(tiles, cells, side // cells, cells, side // cells)
-    return np.stack([(pixels == c).sum((2, 4)) for c in range(classes)], -1)
+def _class_counts(mask: NDArray[np.uint8], cells: int, classes: int) -> NDArray[np.int64]:
+    """Return pixels of each class in each cell, ``[cells, cells, C]``."""
+    pixels = mask.reshape(cells, len(mask) // cells, cells, len(mask) // cells)
+    return np.stack([(pixels == c).sum((1, 3)) for c in range(classes)], -1)
 
 
 def _weights(grid: Grid, centres: NDArray[np.float64]) -> NDArray[np.float32]:

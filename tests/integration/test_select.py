@@ -16,7 +16,7 @@ from rsmtdf_cache.build import build_store
 from rsmtdf_cache.choose import descriptors
 from rsmtdf_cache.choose.descriptors import describe_tiles, upright_arrays
 from rsmtdf_cache.choose.picture import draw_choice
-from rsmtdf_cache.choose.selection import STRATEGIES, Budget, choose_tiles
+from rsmtdf_cache.choose.selection import LABEL_FREE, Budget, choose_tiles
 from rsmtdf_cache.choose.trial import ARMS, try_choices
 from rsmtdf_cache.errors import DataError, MismatchError, UsageError
 from rsmtdf_cache.events import Event, Warned
@@ -124,7 +124,7 @@ def test_the_choice_is_one_of_tiles_and_pixels_not_of_rows_and_shards(store: Fea
     assert later.tiles.ids[:3] != store.tiles.ids[:3]
     (short / "splits/train.txt").write_text("\n".join(reversed(ids)) + "\n")
     places = ((store, open_source(data)), (later, open_source(short)))
-    for strategy in STRATEGIES:
+    for strategy in LABEL_FREE:
         one, two = (choose_tiles(s, Budget(tiles=6), strategy, source) for s, source in places)
         assert [t.id for t in one.tiles] == [t.id for t in two.tiles]
 
@@ -140,7 +140,7 @@ def test_both_strategies_find_the_rare_kind_before_a_third_is_labelled(store: Fe
 
 
 def test_labelled_tiles_are_kept_and_cover(store: FeatureStore, data: Path) -> None:
-    for strategy in STRATEGIES:
+    for strategy in LABEL_FREE:
         found = choose_tiles(store, Budget(tiles=3), strategy, open_source(data), have=["t001", "t004"])
         assert [(t.id, t.kept) for t in found.tiles[:2]] == [("t001", True), ("t004", True)]
         assert not found.tiles[2].kept

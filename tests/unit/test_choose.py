@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 from rsmtdf_cache.choose.clusters import _means, cluster, nearest, squared_distances
 from rsmtdf_cache.choose.selection import Budget, default_name, subset_path, write_subset
-from rsmtdf_cache.choose.strategies import farthest_first, neighbour_distances, random_order, typical_first
+from rsmtdf_cache.choose.strategies import (
+    farthest_first,
+    neighbour_distances,
+    random_order,
+    typical_first,
+    uncertain_first,
+)
 from rsmtdf_cache.errors import UsageError
 from rsmtdf_cache.sources import open_source
 from tests.datasets import write_dataset
@@ -86,6 +92,39 @@ def test_typical_goes_where_nothing_is_labelled_yet() -> None:
     assert not set(typical_first(points, len(points) - 2, have).chosen) & set(have)
 
 
+def test_uncertain_takes_the_most_doubted_tile_of_each_group_the_most_doubted_group_first() -> None:
+    points, truth = blobs()
+    doubt = np.random.default_rng(5).uniform(0, 1, len(points)).astype(np.float32)
+    doubt[truth == 3] *= 0.3  # a large group that is well known, though its best tile is not
+    order = uncertain_first(points, doubt, 4)
+    best = {label: int(np.where(truth == label, doubt, -1).argmax()) for label in range(4)}
+    assert order.chosen == sorted(best.values(), key=lambda i: -doubt[i])
+    assert int(truth[order.chosen[-1]]) == 3
+    have = [best[label] for label in (0, 1)]
+    later = uncertain_first(points, doubt, 2, have).chosen  # the others, however doubted the labelled groups are
+    assert later == sorted((best[2], best[3]), key=lambda i: -doubt[i])
+
+
+def test_uncertain_goes_on_with_the_group_whose_next_tile_is_doubted_most() -> None:
+    points, truth = blobs((20, 20))
+    doubt = np.where(truth == 0, 0.5, 0.1).astype(np.float32)
+    doubt[np.flatnonzero(truth == 1)[:2]] = 0.9, 0.8
+    stray = np.array([[90, 90, 90]], np.float32)
+    everything, doubts = np.concatenate([stray, points]), np.concatenate([np.ones(1, np.float32), doubt])
+    chosen = uncertain_first(everything, doubts, 3).chosen
+    assert 0 not in chosen  # the most doubted tile of all, but a cluster of its own: a stray
+    assert [int(truth[i - 1]) for i in chosen] == [1, 0, 1]
+    assert [float(doubts[i]) for i in chosen] == pytest.approx([0.9, 0.5, 0.8])
+    assert sorted(uncertain_first(everything, doubts, len(everything)).chosen) == list(range(len(everything)))
+
+
+def test_of_tiles_as_uncertain_but_for_rounding_the_first_is_taken() -> None:
+    points, truth = blobs()
+    doubt = (0.4 * (1 + np.random.default_rng(2).uniform(-1e-7, 1e-7, len(points)))).astype(np.float32)
+    firsts = [int(np.flatnonzero(truth == label)[0]) for label in range(4)]
+    assert uncertain_first(points, doubt, 4).chosen == sorted(firsts)
+
+
 def test_a_larger_k_center_list_begins_with_the_smaller_one() -> None:
     points, _ = blobs()
     whole = farthest_first(points, len(points)).chosen
@@ -143,6 +182,8 @@ def test_names_and_lists(tmp_path: Path) -> None:
             subset_path(source, name)
     name = default_name("typical", Budget.parse("50%"))
     assert name == "typical-50p" != default_name("typical", Budget.parse("50%"), seed=1)
+    names = [default_name(s, Budget.parse("40"), seed=1) for s in ("typical", "k-center", "uncertain")]
+    assert names == ["typical-40-s1", "k-center-40", "uncertain-40-s1"]
     path = write_subset(source, name, ["t002", "t000"])
     assert open_source(source.root).split(name) == ["t002", "t000"]  # the order in which to label
     written = path.stat().st_mtime_ns
