@@ -33,8 +33,9 @@ _L2 = 3e-3
 
 
 def cells_of(tile_px: int) -> int:
-    """Return how many cells a tile has a side: 32, or as many as its side allows."""
-    return math.gcd(tile_px, _CELLS)
+    """Return how many cells a tile has a side: 32, or the most that divide its side; better in fours than in twos."""
+    divisors = (n for n in range(1, _CELLS + 1) if tile_px % n == 0)
+    return max(divisors, key=lambda n: (math.gcd(n, _EACH), n))
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class ProbeTask:
         self.tile_px = held_masks.shape[1]
         cells = cells_of(self.tile_px)
         self._cell_px = self.tile_px / cells
-        step = min(_EACH, cells)
+        step = math.gcd(_EACH, cells)  # every start has as many points
         self._centres = {start: (np.arange(start, cells, step) + 0.5) * self._cell_px for start in range(step)}
         #: The corner of the lattice moves from tile to tile, so that ``step ** 2`` tiles visit every cell.
         self._phases: list[tuple[int, int]] = []

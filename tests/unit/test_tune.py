@@ -18,7 +18,7 @@ from rsmtdf_cache.tune.budget import parse_nbytes
 from rsmtdf_cache.tune.choice import Interval, TileBootstrap, pareto_front, recommend, verdict_of
 from rsmtdf_cache.tune.labelled import choose_tiles
 from rsmtdf_cache.tune.maps import grid_of, recentred
-from rsmtdf_cache.tune.probe import ProbeTask
+from rsmtdf_cache.tune.probe import ProbeTask, cells_of
 from rsmtdf_cache.views import inverse_orientation, orient, orient_point
 from tests.datasets import write_dataset
 from tests.teachers import MeanTeacher
@@ -154,6 +154,18 @@ def test_a_probe_reads_arrays_of_other_strides_together_where_each_knows_half() 
         return TileBootstrap(8).score(found).mean
 
     assert score([0, 1]) > 1.4 * max(score([0]), score([1]))
+
+
+@pytest.mark.parametrize("tile_px", [64, 256, 500, 518, 125, 6000])
+def test_a_probe_learns_from_many_points_of_tiles_of_any_side(tile_px: int) -> None:
+    cells = cells_of(tile_px)
+    assert cells <= 32 and tile_px % cells == 0
+    mask = np.zeros((tile_px, tile_px), np.uint8)
+    mask[tile_px // 2 :] = 1
+    task = ProbeTask([mask] * 16, np.empty((0, tile_px, tile_px), np.uint8), 2, 255)
+    points = task.points(np.zeros((16, 4, 4, 1), np.float32), Grid(4, tile_px / 4, tile_px / 8))
+    assert len(points) == len(task.counts) >= 16 * 25
+    assert task.counts.sum(0).tolist() == pytest.approx([0.5, 0.5], abs=0.005), "sixteen tiles visit every cell"
 
 
 def test_ignored_pixels_teach_and_count_nothing() -> None:
