@@ -117,11 +117,20 @@ def _title(scored: Scored) -> str:
     return f"{scored.set}, {labels}: {what}; mIoU on {c.split}, {len(c.seeds)} seeds"
 
 
-def _rows(scored: Scored) -> list[tuple[str, str, str, str]]:
+def _columns(scored: Scored) -> list[str]:
+    c = scored.comparison
+    base = next(r.title for r in c.rows if r.arm == c.baseline)
+    without = [f"without {', '.join(c.without)}", "difference"] if c.without else []
+    return ["arm", "mIoU %", f"paired difference to {base}, 95 %", "", *without]
+
+
+def _rows(scored: Scored) -> list[tuple[str, ...]]:
     rows = []
     for row in scored.comparison.rows:
         d = row.difference
-        rows.append((row.title, mean_text(row.mean, row.sd), difference_text(d), "" if d is None else d.verdict))
+        cells = (row.title, mean_text(row.mean, row.sd), difference_text(d), "" if d is None else d.verdict)
+        reduced = (mean_text(row.mean_without, row.sd_without), difference_text(row.difference_without))
+        rows.append((*cells, *(reduced if scored.comparison.without else ())))
     return rows
 
 
@@ -129,8 +138,7 @@ def _show(scored: Scored) -> None:
     from rich.table import Table
 
     table = Table(title=_title(scored), title_justify="left")
-    base = next(r.title for r in scored.comparison.rows if r.arm == scored.comparison.baseline)
-    for name in ("arm", "mIoU", f"difference to {base}", ""):
+    for name in _columns(scored):
         table.add_column(name, justify="left" if name in ("arm", "") else "right")
     for cells in _rows(scored):
         table.add_row(*cells)
@@ -142,9 +150,9 @@ def _write_page(page: Path, found: list[Scored], document: dict[str, Any]) -> No
 
     lines = [_BEGIN]
     for scored in found:
-        base = next(r.title for r in scored.comparison.rows if r.arm == scored.comparison.baseline)
-        lines += ["", f"**{_title(scored)}**", "", f"| arm | mIoU % | paired difference to {base}, 95 % | |"]
-        lines += ["|---|---|---|---|", *("| " + " | ".join(cells) + " |" for cells in _rows(scored))]
+        columns = _columns(scored)
+        lines += ["", f"**{_title(scored)}**", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        lines += ["| " + " | ".join(cells) + " |" for cells in _rows(scored)]
     machine = document["context"]["machine"]
     lines += [
         "",

@@ -70,6 +70,7 @@ _ATTRIBUTION = (
     "D. Herring, 2005). Labels: MODIS/Terra+Aqua Land Cover Type MCD12C1 v006, 2019, IGBP majority class (M. Friedl, "
     "D. Sulla-Menashe; NASA LP DAAC; doi 10.5067/MODIS/MCD12C1.006). Both are in the public domain."
 )
+_LISTS = "splits/labeled/"
 _MARKER = "sample.json"
 _RECIPE = "rsmtdf landcover sample, 1"
 
@@ -157,7 +158,8 @@ def _is_there(out: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         raise MismatchError(f"{out} is not empty and holds something else; give a new or an empty folder") from None
     found = _digests(out)
-    changed = sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name))
+    lists = {name for name in found if name.startswith(_LISTS)} - files.keys()  # a user's own, of `rsmtdf select`
+    changed = sorted(n for n in (files.keys() | found.keys()) - lists if files.get(n) != found.get(n))
     if changed:
         raise MismatchError(
             f"{out} holds a sample dataset with {len(changed)} changed, added or missing files, first {changed[0]}; "

@@ -229,6 +229,16 @@ def test_a_sample_that_was_changed_is_not_taken_for_whole(sample_root: Path, tmp
         build_sample(copy)
 
 
+def test_lists_that_a_user_adds_are_no_change_of_the_sample(sample_root: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(sample_root, tmp_path / "copy"))
+    (copy / "splits/labeled/typical-5p.txt").write_text(open_source(copy).split("train")[0] + "\n")
+    assert build_sample(copy) is False
+    assert "labeled/typical-5p" in open_source(copy).split_names()
+    (copy / "splits/labeled/5.txt").write_text("mine\n")
+    with pytest.raises(MismatchError, match="1 changed, added or missing files, first splits/labeled/5.txt"):
+        build_sample(copy)
+
+
 def run(arguments: Sequence[str]) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, list(arguments))
     return result.exit_code, result.stdout, result.stderr
