@@ -235,7 +235,7 @@ def test_lists_that_a_user_adds_are_no_change_of_the_sample(sample_root: Path, t
     assert build_sample(copy) is False
     assert "labeled/typical-5p" in open_source(copy).split_names()
     (copy / "splits/labeled/5.txt").write_text("mine\n")
-    with pytest.raises(MismatchError, match="1 changed, added or missing files, first splits/labeled/5.txt"):
+    with pytest.raises(MismatchError, match=r"first splits/labeled/5\.txt"):
         build_sample(copy)
 
 
