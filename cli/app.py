@@ -27,7 +27,7 @@ COMMANDS: dict[str, _Entry] = {
     "select": _Entry("select", "select", "Choose the tiles worth labelling from stored features."),
     "train": _Entry("train", "app", "Train a student from a recipe, with or without cached features."),
     "eval": _Entry("evaluate", "evaluate", "Score a run on held-out tiles."),
-    "predict": _Entry("predict", "predict", "Segment images with a run."),
+    "predict": _Entry("predict", "predict", "Segment images, or make maps of scenes, with a run."),
     "report": _Entry("report", "report", "Write one HTML page on runs: scores, differences, curves, pictures."),
     "bench": _Entry("bench", "app", "Reproduce the tables of the README; measure reading and building."),
     "version": _Entry("version", "version", "Print the versions of rsmtdf and of what it stands on."),

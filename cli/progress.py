@@ -31,6 +31,8 @@ class _RateColumn(ProgressColumn):
 def _rates(done: float, nbytes: int, seconds: float, unit: str) -> str:
     if unit == "bytes":  # what travelled; the rest was there
         return f"{_size(nbytes / seconds)}/s" if seconds > 0 and nbytes > 0 else ""
+    if unit == "pixels":
+        return f"{_megapixels(done / seconds)}/s" if seconds > 0 and done > 0 else ""
     if seconds <= 0 or done <= 0:
         return ""
     text = f"{done / seconds:.1f} {unit}/s"
@@ -40,11 +42,19 @@ def _rates(done: float, nbytes: int, seconds: float, unit: str) -> str:
 def _done_of(done: int, start: ProgressStart) -> str:
     if start.unit == "bytes":
         return f"{_size(done)} of {_size(start.total)}"
+    if start.unit == "pixels":
+        return f"{_megapixels(done)} of {_megapixels(start.total)}"
     return f"{done} of {start.total} {start.unit}"
 
 
 def _amount(number: int, unit: str) -> str:
+    if unit == "pixels":
+        return _megapixels(number)
     return _size(number) if unit == "bytes" else f"{number} {unit}"
+
+
+def _megapixels(pixels: float) -> str:
+    return f"{pixels / 1e6:.3g} MP" if pixels < 1e8 else f"{pixels / 1e6:.0f} MP"
 
 
 def _size(nbytes: float) -> str:
@@ -60,6 +70,8 @@ class _CountColumn(ProgressColumn):
         done, total, unit = task.completed, task.total or 0, task.fields["unit"]
         if unit == "bytes":
             return Text(f"{_size(done)} of {_size(total)}")
+        if unit == "pixels":
+            return Text(f"{_megapixels(done)} of {_megapixels(total)}")
         return Text(f"{int(done)}/{int(total)} {unit}")
 
 
@@ -120,9 +132,8 @@ def lines() -> EventSink:
     def sink(event: Event) -> None:
         if isinstance(event, ProgressStart):
             tasks[event.task] = _Counted(event)
-            there = (
-                f", {_size(event.done) if event.unit == 'bytes' else event.done} there already" if event.done else ""
-            )
+            amount = _amount(event.done, event.unit) if event.unit in ("bytes", "pixels") else event.done
+            there = f", {amount} there already" if event.done else ""
             message(f"{event.label}: {_amount(event.total, event.unit)}{there}", kind="start")
         elif isinstance(event, Progress) and event.task in tasks:
             tasks[event.task].done += event.advance

@@ -1,0 +1,1 @@
+"""Maps of georeferenced scenes: windows through the student, blended, written as GeoTIFF in bounded memory."""

@@ -1,0 +1,156 @@
+"""What a map is asked to be, and what it will take: windows, strips, memory, files. Nothing is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rsmtdf_cache.errors import UsageError
+from rsmtdf_cache.specs import digest_of
+from rsmtdf_train.checkpoint import RunIdentity
+from rsmtdf_train.fused_student import FusedStudent
+from rsmtdf_train.scenes.geotiff import NODATA, REQUEST_TAG, Layer
+from rsmtdf_train.scenes.raster import GDAL_CACHE_MB, Scene
+from rsmtdf_train.scenes.windows import BLOCK_PX, Grid, lay_windows
+
+__all__ = ["BUFFER_NBYTES", "MapPlan", "MapRequest", "Segmenter", "map_state", "map_tags", "plan_map"]
+
+#: What the buffers of a strip may take; a wide scene with many classes is done in several strips.
+BUFFER_NBYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A loaded student: what it is, and the sha256 of the file it came from."""
+
+    model: FusedStudent
+    identity: RunIdentity
+    digest: str
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """One scene, and the map that is to be made of it. None: the default that ``plan_map`` finds.
+
+    ``bands``: three numbers from 1. ``scale``: values that are black and white. ``window_px``, ``overlap_px``:
+    multiples of the student's stride. ``probabilities``, ``confidence``: further files. ``tta``: mean over eight turns.
+    """
+
+    scene: Path
+    out: Path
+    bands: tuple[int, ...] | None = None
+    scale: tuple[float, float] | None = None
+    window_px: int | None = None
+    overlap_px: int | None = None
+    probabilities: Path | None = None
+    confidence: Path | None = None
+    tta: bool = False
+    cog: bool = False
+
+    def layers(self, classes: int) -> tuple[Layer, ...]:
+        """Return the files of the map. Raises ``UsageError`` for two of one name and for the scene itself."""
+        found = [Layer("classes", self.out, 0, 1)]
+        if self.confidence is not None:
+            found.append(Layer("confidence", self.confidence, 1, 1))
+        if self.probabilities is not None:
+            found.append(Layer("probabilities", self.probabilities, sum(y.count for y in found), classes))
+        taken = {self.scene.resolve(): "the scene"}
+        for layer in found:
+            place = layer.out.resolve()
+            if place in taken:
+                raise UsageError(f"{layer.kind} cannot go to {layer.out}: that is {taken[place]}; give another name")
+            if layer.out.suffix.lower() not in (".tif", ".tiff"):
+                raise UsageError(f"{layer.kind} cannot go to {layer.out}: maps are GeoTIFF; end the name in .tif")
+            if layer.out.is_dir():
+                raise UsageError(f"{layer.kind} cannot go to {layer.out}: that is a folder; give the name of a file")
+            taken[place] = f"the place of {layer.kind}"
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class MapPlan:
+    """What a map takes. ``windows``: forward passes of one window each when no pixel is without data.
+
+    ``memory_nbytes``: buffers, beside the student, one forward pass and the libraries. ``output_nbytes``: of each file
+    before compression.
+    """
+
+    width: int
+    height: int
+    grid: Grid
+    layers: tuple[Layer, ...]
+    windows: int
+    strips: int
+    memory_nbytes: int
+    output_nbytes: dict[str, int]
+
+    @property
+    def planes(self) -> int:
+        """Bytes a pixel that are kept of the map."""
+        return sum(layer.count for layer in self.layers)
+
+
+def plan_map(segmenter: Segmenter, request: MapRequest, scene: Scene, budget_nbytes: int = BUFFER_NBYTES) -> MapPlan:
+    """Return how ``scene`` is cut and what that takes. Raises ``UsageError`` for a request that cannot be met."""
+    identity, model = segmenter.identity, segmenter.model
+    classes = len(identity.classes)
+    if classes > NODATA:
+        raise UsageError(f"a map has at most {NODATA} classes, this student has {classes}")
+    layers = request.layers(classes)
+    multiple = model.student.multiple_px
+    squares = bool(model.fusion is not None and model.fusion.fused and model.fusion.pass_sides_px)
+    planes = sum(layer.count for layer in layers)
+    side = request.window_px or identity.recipe.crop_px + multiple
+    column = side * (4 * classes + 8 + 20) + 2 * BLOCK_PX * planes  # sums; two bands of pixels; one as read; pieces
+    grid = lay_windows(
+        scene.height, scene.width, multiple, request.window_px, request.overlap_px,
+        crop_px=identity.recipe.crop_px, square=squares, column_nbytes=column, budget_nbytes=budget_nbytes,
+    )  # fmt: skip
+    return MapPlan(
+        width=scene.width,
+        height=scene.height,
+        grid=grid,
+        layers=layers,
+        windows=grid.forward_count * (8 if request.tta else 1),
+        strips=len(list(grid.strips())),
+        memory_nbytes=column * min(grid.strip_px, scene.width) + GDAL_CACHE_MB * 2**20,
+        output_nbytes={layer.kind: layer.count * scene.width * scene.height for layer in layers},
+    )
+
+
+def map_state(segmenter: Segmenter, request: MapRequest, scene: Scene, plan: MapPlan) -> dict[str, Any]:
+    """Return all that decides the bytes of a map, as JSON: what a stopped run has to agree with."""
+    return {
+        "format": 1,
+        "student": segmenter.digest,
+        "scene": {
+            "name": scene.path.name, "nbytes": scene.nbytes, "mtime_ns": scene.mtime_ns,
+            "width": scene.width, "height": scene.height,
+        },
+        "bands": list(scene.bands),
+        "scale": list(scene.scale),
+        "window_px": plan.grid.window_px,
+        "overlap_px": plan.grid.overlap_px,
+        "tta": request.tta,
+        "layers": [layer.kind for layer in plan.layers],
+        "cog": request.cog,
+    }  # fmt: skip
+
+
+def map_tags(segmenter: Segmenter, request: MapRequest, scene: Scene, plan: MapPlan) -> dict[str, str]:
+    """Return what the map says of how it was made: the metadata of its files."""
+    return dict(_tags(segmenter, request, scene, plan))
+
+
+def _tags(segmenter: Segmenter, request: MapRequest, scene: Scene, plan: MapPlan) -> Iterator[tuple[str, str]]:
+    yield "RSMTDF_RUN", segmenter.identity.recipe.name
+    yield "RSMTDF_STUDENT", segmenter.digest
+    yield "RSMTDF_SCENE", scene.path.name
+    yield "RSMTDF_BANDS", ",".join(map(str, scene.bands))
+    yield "RSMTDF_SCALE", ",".join(f"{v:.17g}" for v in scene.scale)
+    yield "RSMTDF_WINDOW", str(plan.grid.window_px)
+    yield "RSMTDF_OVERLAP", str(plan.grid.overlap_px)
+    yield "RSMTDF_TTA", "yes" if request.tta else "no"
+    yield REQUEST_TAG, digest_of(map_state(segmenter, request, scene, plan))
