@@ -1,13 +1,15 @@
-"""``rsmtdf data``: build the sample dataset, describe and check a dataset."""
+"""``rsmtdf data``: build the sample dataset, prepare published benchmarks, describe and check a dataset."""
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, message, new_app, progress
+from rsmtdf_cli.prepare import prepare
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from rsmtdf_cache.sources.survey import Survey
 
 __all__ = ["app", "info", "sample"]
+
+_PAIRS = 5  # how many duplicates are shown
 
 app = new_app("Make and check datasets.")
 
@@ -54,6 +58,9 @@ def sample(
     _show(source, found)
 
 
+app.command("prepare")(prepare)
+
+
 @app.command("info")
 @command
 def info(
@@ -61,9 +68,10 @@ def info(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Describe a dataset: classes with share and colour, tiles per split, labelled subsets, faults.
+    """Describe a dataset: classes with share and colour, tiles per split, labelled subsets, leakage, faults.
 
-    Ends with 3 when the dataset as a whole is at fault; single unusable tiles are listed, a build leaves them out.
+    Images that are in two splits and scenes with tiles in several are warned of. Ends with 3 when the dataset as a
+    whole is at fault; single unusable tiles are listed, a build leaves them out.
     """
     from rsmtdf_cache.errors import DataError
     from rsmtdf_cache.sources import open_source
@@ -98,6 +106,8 @@ def _as_data(source: TileSource, found: Survey) -> dict[str, Any]:
             }
             for name, split in found.splits.items()
         },
+        "duplicates": [list(astuple(pair)) for pair in found.duplicates],
+        "shared_scenes": found.shared_scenes,
         "faults": dataset + [{"level": "tile", "tile": f.tile_id, "text": f.reason} for f in found.tile_faults],
     }
 
@@ -113,6 +123,24 @@ def _show(source: TileSource, found: Survey) -> None:
         screen.print(f"[dim]{escape(source.attribution)}[/]", soft_wrap=True)
     for fault in found.tile_faults:
         message(f"{fault}; a build leaves this tile out", kind="warning")
+    for text in _leaks(found):
+        message(text, kind="warning")
+
+
+def _leaks(found: Survey) -> list[str]:
+    """Return one sentence on images that are in two splits, one on scenes that are."""
+    texts = []
+    if found.duplicates:
+        shown = ", ".join(f"{d.id} ({d.split}) = {d.other_id} ({d.other_split})" for d in found.duplicates[:_PAIRS])
+        more = f", … (--json lists all {len(found.duplicates)})" if len(found.duplicates) > _PAIRS else ""
+        texts.append(f"{len(found.duplicates)} images are in two splits, pixel by pixel: {shown}{more}")
+    if found.shared_scenes:
+        scene, splits = next(iter(found.shared_scenes.items()))
+        texts.append(
+            f"{len(found.shared_scenes)} scenes have tiles in several splits (first {scene}: {', '.join(splits)}); "
+            "scores on val and test say less of unseen scenes"
+        )
+    return texts
 
 
 def _table(source: TileSource, found: Survey) -> Table:

@@ -1,4 +1,4 @@
-"""PNG files read strictly: what the header says, whether every chunk is whole, and only then the pixels.
+"""PNG files read strictly: what the header says, whether every chunk is whole, and only then the pixels; and written.
 
 Pillow alone is too kind for a dataset: it turns 16-bit RGB into 8 bits without a word and does not look at the
 checksums of the pixel data.
@@ -26,6 +26,7 @@ __all__ = [
     "RGB",
     "RGB_ALPHA",
     "decode_png",
+    "encode_png",
     "parse_png_header",
     "read_png_header",
 ]
@@ -100,6 +101,41 @@ def decode_png(data: bytes) -> NDArray[Any]:
             return np.array(image)
     except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
         raise PngError(f"cannot be decoded ({error})") from None
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Return a PNG file of ``[height, width]`` (grey) or ``[height, width, 3]`` (RGB) uint8.
+
+    Pillow holds the interpreter while it compresses into memory, so that threads wait for each other; zlib does not.
+    Colours are stored as differences to the pixel on the left or above, by row whichever are smaller, and packed
+    lightly (seen: half the time, 1 to 14 % more bytes); class numbers as they are.
+    """
+    height, width = pixels.shape[:2]
+    rows = np.ascontiguousarray(pixels).reshape(height, -1)
+    if pixels.ndim == 2:
+        lines, color, level = np.concatenate([np.zeros((height, 1), np.uint8), rows], 1), GREY, 6
+    else:
+        lines, color, level = _filtered(rows, pixels.shape[2]), RGB, 3
+    header = struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0)
+    body = zlib.compress(lines.tobytes(), level)
+    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
+
+
+def _filtered(rows: NDArray[np.uint8], bands: int) -> NDArray[np.uint8]:
+    """Return ``rows``, each after its filter byte: 1 = minus the pixel to the left, 2 = minus the row above."""
+    lines = np.empty((rows.shape[0], rows.shape[1] + 1), np.uint8)
+    left, above = rows.copy(), rows.copy()
+    left[:, bands:] -= rows[:, :-bands]  # differences wrap around, as the format wants
+    above[1:] -= rows[:-1]
+    cost = [np.minimum(d, 0 - d).sum(1, dtype=np.int64) for d in (left, above)]
+    first = cost[0] <= cost[1]
+    lines[:, 0] = np.where(first, 1, 2)
+    lines[:, 1:] = np.where(first[:, None], left, above)
+    return lines
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _check_chunks(data: bytes) -> None:

@@ -1,11 +1,12 @@
-"""A dataset at a glance: tiles and class shares of every split, and every fault there is."""
+"""A dataset at a glance: tiles and class shares of every split, what leaks between splits, every fault there is."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,19 @@ from numpy.typing import NDArray
 from rsmtdf_cache.errors import DataError, TileError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
 from rsmtdf_cache.sources.base import Tile, TileSource
+from rsmtdf_cache.sources.scenes import read_scenes
 
-__all__ = ["SplitSurvey", "Survey", "class_pixels", "survey"]
+__all__ = ["Duplicate", "SplitSurvey", "Survey", "class_pixels", "survey"]
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Two tiles of different splits with the same image, pixel by pixel: what is scored was trained on."""
+
+    id: str
+    split: str
+    other_id: str
+    other_split: str
 
 
 @dataclass(frozen=True)
@@ -28,11 +40,17 @@ class SplitSurvey:
 
 @dataclass(frozen=True)
 class Survey:
-    """What ``survey`` found. With a ``dataset_fault`` nothing can be built; ``tile_faults`` cost a tile each."""
+    """What ``survey`` found. With a ``dataset_fault`` nothing can be built; ``tile_faults`` cost a tile each.
+
+    ``duplicates`` and ``shared_scenes`` (scenes with tiles in several splits, as far as ``scenes.csv`` tells) are no
+    faults: a score on such splits says less of unseen places.
+    """
 
     splits: dict[str, SplitSurvey]
     dataset_fault: str | None
     tile_faults: tuple[TileError, ...]
+    duplicates: tuple[Duplicate, ...] = ()
+    shared_scenes: dict[str, list[str]] = field(default_factory=dict)
 
 
 def survey(source: TileSource, on_event: EventSink = ignore_events) -> Survey:
@@ -43,17 +61,21 @@ def survey(source: TileSource, on_event: EventSink = ignore_events) -> Survey:
     try:
         source.check()
         tiles = source.tiles()
+        shared = _shared_scenes(source, tiles)
     except DataError as error:
         return Survey(_split_sizes(source), str(error), ())
     faults: list[TileError] = []
     counts: dict[str, NDArray[np.int64]] = {}
+    digests: dict[bytes, list[Tile]] = {}
     on_event(ProgressStart("survey", f"reading {source.name}", len(tiles)))
     with _pool() as pool:
-        for tile, (fault, count) in zip(tiles, pool.map(lambda tile: _read(source, tile), tiles), strict=True):
+        for tile, (fault, count, digest) in zip(tiles, pool.map(lambda tile: _read(source, tile), tiles), strict=True):
             if fault is not None:
                 faults.append(fault)
             if count is not None:
                 counts[tile.id] = count
+            if digest is not None:
+                digests.setdefault(digest, []).append(tile)
             on_event(Progress("survey", 1))
     on_event(ProgressEnd("survey"))
     splits: dict[str, SplitSurvey] = {}
@@ -62,7 +84,7 @@ def survey(source: TileSource, on_event: EventSink = ignore_events) -> Survey:
         total = sum((counts[i] for i in ids if i in counts), np.zeros(len(source.classes) + 1, np.int64))
         shares = [float(v) / int(total.sum()) for v in total] if total.any() else None
         splits[name] = SplitSurvey(len(ids), tuple(shares[:-1]) if shares else None, shares[-1] if shares else None)
-    return Survey(splits, None, tuple(faults))
+    return Survey(splits, None, tuple(faults), _duplicates(digests), shared)
 
 
 def class_pixels(source: TileSource, tiles: Sequence[Tile]) -> NDArray[np.int64]:
@@ -84,12 +106,32 @@ def _count(source: TileSource, tile: Tile) -> NDArray[np.int64]:
     return np.append(values[: len(source.classes)], values[source.ignore_index]).astype(np.int64)
 
 
-def _read(source: TileSource, tile: Tile) -> tuple[TileError | None, NDArray[np.int64] | None]:
+def _read(source: TileSource, tile: Tile) -> tuple[TileError | None, NDArray[np.int64] | None, bytes | None]:
+    """Return the tile's fault, or its class counts and the digest of its image; of an image in one colour none."""
     try:
-        source.read_image(tile)
+        image = source.read_image(tile)
     except TileError as error:
-        return error, None
-    return None, _count(source, tile) if tile.mask is not None else None
+        return error, None, None
+    plain = bool((image == image[0, 0]).all())  # two tiles of sea or of no data say nothing of each other
+    digest = None if plain else hashlib.sha256(image.tobytes()).digest()
+    return None, _count(source, tile) if tile.mask is not None else None, digest
+
+
+def _duplicates(digests: Mapping[bytes, Sequence[Tile]]) -> tuple[Duplicate, ...]:
+    """Return each tile that is in an earlier split too, with the first one there; ordered as the tiles are."""
+    found = []
+    for first, *others in digests.values():
+        found += [Duplicate(first.id, first.split, o.id, o.split) for o in others if o.split != first.split]
+    return tuple(sorted(found, key=lambda d: (d.other_split, d.other_id)))
+
+
+def _shared_scenes(source: TileSource, tiles: Sequence[Tile]) -> dict[str, list[str]]:
+    cells = read_scenes(source.root)
+    homes: dict[str, dict[str, None]] = {}
+    for tile in tiles:
+        if tile.id in cells:
+            homes.setdefault(cells[tile.id].scene, {})[tile.split] = None
+    return {scene: list(splits) for scene, splits in sorted(homes.items()) if len(splits) > 1}
 
 
 def _split_sizes(source: TileSource) -> dict[str, SplitSurvey]:

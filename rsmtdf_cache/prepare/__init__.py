@@ -1,0 +1,1 @@
+"""Published benchmarks, as distributed, to folder datasets: archive → scenes → labels → tiles → splits → folder."""
