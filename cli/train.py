@@ -15,6 +15,7 @@ from rsmtdf_cli.console import JsonOption, QuietOption, command, emit_json, mess
 if TYPE_CHECKING:
     from rsmtdf_cache.events import Event
     from rsmtdf_train.recipe import Recipe
+    from rsmtdf_train.run import TrainSink
 
 __all__ = ["app", "train"]
 
@@ -78,7 +79,6 @@ def train(
     continues reads the snapshot it began with, also when the store has grown since.
     """
     from rsmtdf_cache.errors import UsageError
-    from rsmtdf_cache.events import ignore_events
     from rsmtdf_cli.training import one_voice, show_metrics, training_progress
     from rsmtdf_train.recipe import load_recipe
 
@@ -90,7 +90,7 @@ def train(
         raise UsageError("--pin keeps the store of --use-cache; give both")
     folder = out if out is not None else Path("runs") / f"{chosen.name}-s{chosen.seed}"
     with one_voice() as speaks, training_progress(quiet or not speaks) as shown:
-        sink = shown if speaks else ignore_events
+        sink: TrainSink = shown if speaks else lambda event: None
         store = use_cache
         if use_cache == AUTO:  # by the recipe with its teachers: both arms find one store
             store = _found(asked, folder, sink, quiet or not speaks)
