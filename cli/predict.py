@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["predict"]
 
 _MAP_SUFFIXES = (".tif", ".tiff")
+#: Endings that nobody gives a folder.
+_NO_FOLDER = (".cog", ".gpkg", ".img", ".jp2", ".jpeg", ".jpg", ".png", ".vrt", ".webp")
 #: Never opened as scenes: for these a place on earth is an exception.
 _PLAIN = (".jpeg", ".jpg", ".png")
 
@@ -135,9 +137,20 @@ def predict(
 
 
 def _sorted_out(images: list[Path], out: Path) -> tuple[dict[Path, Path], list[Path]]:
-    """Return the scenes with the places of their maps, and the images."""
-    from rsmtdf_cache.errors import UsageError
+    """Return the scenes with the places of their maps, and the images; all of them are there."""
+    from rsmtdf_cache.errors import DataError, UsageError
 
+    for path in images:
+        if path.is_dir():
+            raise DataError(f"{path} is a folder; name the images or the scene in it")
+        if not path.is_file():
+            inside = "/vsi" in str(path) or ".zip" in str(path)
+            hint = "; files within archives are not read, unpack it first" if inside else ""
+            raise DataError(f"{path}: there is no such file{hint}")
+    if out.suffix.lower() in _NO_FOLDER:
+        raise UsageError(
+            f"--out {out}: maps are GeoTIFF, end the name of one scene's map in .tif; masks of images go into a folder"
+        )
     if out.suffix.lower() in _MAP_SUFFIXES:
         if len(images) != 1:
             raise UsageError(

@@ -24,17 +24,23 @@ def prepare(
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to make; new or empty.")],
     protocol: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--protocol",
-            help="by-image: all tiles of a scene in one split. by-tile: as published, for comparison; scenes of val "
-            "and test then have tiles in train.",
+            help="by-image (default): all tiles of a scene in one split. by-tile: as published, for comparison; scenes "
+            "of val and test then have tiles in train.",
         ),
-    ] = "by-image",
-    seed: Annotated[int, typer.Option("--seed", help="Decides which scene or tile goes to which split.")] = 0,
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, help="Decides which scene or tile goes to which split; default 0."),
+    ] = None,
     labeled: Annotated[
-        str, typer.Option("--labeled", help="Labelled subsets of train, in percent; each holds the smaller ones.")
-    ] = "1,5,10",
+        str | None,
+        typer.Option(
+            "--labeled", help="Labelled subsets of train, in percent; each holds the smaller ones. Default 1,5,10."
+        ),
+    ] = None,
     lists: Annotated[
         list[Path] | None,
         typer.Option("--lists", help="Published split lists (a folder, or files) in place of a protocol; repeatable."),
@@ -65,6 +71,7 @@ def prepare(
     Archives are read where they lie, also zips within zips. The folder appears complete or not at all; stopped, the
     same command begins again. Protocol and seed are in the dataset's name, so that every result says them.
     """
+    from rsmtdf_cache.errors import UsageError
     from rsmtdf_cache.events import Warned
     from rsmtdf_cache.prepare.cutting import Cut
     from rsmtdf_cache.prepare.plan import Request
@@ -72,10 +79,14 @@ def prepare(
     from rsmtdf_cache.prepare.write import estimate
     from rsmtdf_cache.prepare.write import prepare as run
 
+    if lists and not (protocol is seed is labeled is None):
+        raise UsageError(
+            "--lists says which tile is in which split and labelled subset; leave out --protocol, --seed and --labeled"
+        )
+    cut = Cut(512 if tile is None else tile, overlap) if tile is not None or overlap else None
     request = Request(
-        benchmark, tuple(sources), out, protocol, seed, tuple(parse_percents(labeled)),
-        Cut(tile or 512, overlap) if tile is not None or overlap else None, tuple(lists or ()), keep_clutter,
-        unknown_labels, strict, workers,
+        benchmark, tuple(sources), out, protocol or "by-image", seed or 0, tuple(parse_percents(labeled or "1,5,10")),
+        cut, tuple(lists or ()), keep_clutter, unknown_labels, strict, workers,
     )  # fmt: skip
     with progress(quiet) as on_event:
         if dry_run:

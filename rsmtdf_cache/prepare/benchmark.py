@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,9 @@ from rsmtdf_cache.prepare.labels import Labels
 from rsmtdf_cache.prepare.member import Member
 from rsmtdf_cache.sources.base import ClassInfo
 
-__all__ = ["Benchmark", "Found", "Published", "Scene", "pair", "single"]
+__all__ = ["Benchmark", "Found", "Published", "Scene", "pair", "require_name", "single"]
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,179}")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class Benchmark:
     skip: Callable[[str], bool]
     find: Callable[[Sequence[Member]], Found]
     official_val: bool = False
+
+
+def require_name(name: str, member: Member) -> str:
+    """Return ``name`` if tiles can be called by it. Raises ``DataError``: a scene is never left out for its name."""
+    if _NAME.fullmatch(name) is None:
+        raise DataError(
+            f"{member.place}: tiles cannot be called {name!r}; rename image and label, with letters, digits, '_', '.' "
+            "and '-' alone"
+        )
+    return name
 
 
 def single(name: str, members: Sequence[Member], notes: list[str]) -> Member:

@@ -10,14 +10,14 @@ import re
 from collections.abc import Sequence
 
 from rsmtdf_cache.errors import DataError
-from rsmtdf_cache.prepare.benchmark import Benchmark, Found, Published, Scene, pair
+from rsmtdf_cache.prepare.benchmark import Benchmark, Found, Published, Scene, pair, require_name
 from rsmtdf_cache.prepare.labels import IGNORE, ColorLabels
 from rsmtdf_cache.prepare.member import Member
 from rsmtdf_cache.sources.base import ClassInfo
 
 __all__ = ["DEEPGLOBE"]
 
-_FILE = re.compile(r"(?:(.*)/)?([\w-]+)_(sat\.jpe?g|mask\.png)", re.IGNORECASE | re.ASCII)
+_FILE = re.compile(r"(?:(.*)/)?([^/]+)_(sat\.jpe?g|mask\.png)", re.IGNORECASE | re.ASCII)
 _CLASSES = (
     ClassInfo("urban", (0, 255, 255)),
     ClassInfo("agriculture", (255, 255, 0)),
@@ -40,7 +40,7 @@ def _find(members: Sequence[Member]) -> Found:
             bare += 1
             continue
         side = labels if match[3].lower() == "mask.png" else images
-        side.setdefault(match[2], []).append(member)
+        side.setdefault(require_name(match[2], member), []).append(member)
     if not labels:
         raise DataError(
             f"DeepGlobe: no labelled scenes ({bare} images without masks); expected ID_sat.jpg and ID_mask.png side by "

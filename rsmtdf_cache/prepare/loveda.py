@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rsmtdf_cache.errors import DataError
-from rsmtdf_cache.prepare.benchmark import Benchmark, Found, Published, Scene, pair
+from rsmtdf_cache.prepare.benchmark import Benchmark, Found, Published, Scene, pair, require_name
 from rsmtdf_cache.prepare.labels import IGNORE, ValueLabels
 from rsmtdf_cache.prepare.member import Member
 from rsmtdf_cache.sources.base import ClassInfo
@@ -19,7 +19,7 @@ from rsmtdf_cache.sources.base import ClassInfo
 __all__ = ["LOVEDA"]
 
 _PLACE = re.compile(
-    r"(?:^|.*/)(train|val|test)/(rural|urban)/(images_png|masks_png)/([\w.-]+)\.png", re.IGNORECASE | re.ASCII
+    r"(?:^|.*/)(train|val|test)/(rural|urban)/(images_png|masks_png)/([^/]+)\.png", re.IGNORECASE | re.ASCII
 )
 _CLASSES = (
     ClassInfo("background", (255, 255, 255)),
@@ -45,7 +45,7 @@ def _find(members: Sequence[Member]) -> Found:
             test += folder == "images_png"
             continue
         side = images if folder == "images_png" else labels
-        side.setdefault(f"{part}_{domain}_{number}", []).append(member)
+        side.setdefault(f"{part}_{domain}_{require_name(number, member)}", []).append(member)
     notes: list[str] = []
     pairs = pair("LoveDA", images, labels, notes)
     parts = Counter(key.partition("_")[0] for key in pairs)

@@ -88,6 +88,11 @@ def make_plan(request: Request, spool: Spool) -> Plan:
         raise UsageError(f"no protocol {request.protocol!r}; there are {' and '.join(PROTOCOLS)}")
     if request.unknown_labels not in ("error", "ignore"):
         raise UsageError(f"unknown labels can be an error or ignored, not {request.unknown_labels!r}")
+    if request.strict and request.cut is not None:
+        raise UsageError(
+            "--strict holds counts against the published ones, which are those of 512-px tiles without overlap; leave "
+            "out --tile and --overlap, or --strict"
+        )
     members = list_members(request.sources, spool, request.limits, benchmark.skip)
     found = benchmark.find(members)
     cut = request.cut or Cut()

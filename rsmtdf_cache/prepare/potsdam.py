@@ -18,6 +18,8 @@ from rsmtdf_cache.sources.base import ClassInfo
 __all__ = ["POTSDAM", "with_clutter"]
 
 _FILE = re.compile(r"(?:^|.*/)(top_potsdam_\d+_\d+)_(rgb|label)\.tiff?", re.IGNORECASE | re.ASCII)
+#: What looks like a scene by the end of its name.
+_ALIKE = re.compile(r"_(rgb|label)\.tiff?$", re.IGNORECASE)
 #: Other products in the same download: heights, infrared, labels with eroded borders or of the first 24 scenes.
 _OTHER = re.compile(r"DSM|IRRG|RGBIR|noBoundary|participants|assess", re.IGNORECASE)
 _CLUTTER = ClassInfo("clutter", (255, 0, 0))
@@ -34,9 +36,13 @@ _COLORS = {c.color: number for number, c in enumerate(_CLASSES)}
 def _find(members: Sequence[Member]) -> Found:
     images: dict[str, list[Member]] = {}
     labels: dict[str, list[Member]] = {}
+    strangers: list[Member] = []
     for member in members:
+        if any(map(_OTHER.search, member.name.split("/")[:-1])):
+            continue
         match = _FILE.fullmatch(member.name)
-        if match is None or any(map(_OTHER.search, member.name.split("/")[:-1])):
+        if match is None:
+            strangers += [member] if _ALIKE.search(member.name) else []
             continue
         side = images if match[2].lower() == "rgb" else labels
         side.setdefault(match[1].lower(), []).append(member)
@@ -46,6 +52,11 @@ def _find(members: Sequence[Member]) -> Found:
             "top_potsdam_2_10_label.tif in the folder or archives that are given (Potsdam.zip as it is will do)"
         )
     notes: list[str] = []
+    if strangers:
+        notes.append(
+            f"{len(strangers)} files are left out, for they are not called as in top_potsdam_2_10_RGB.tif "
+            f"(first: {strangers[0].name})"
+        )
     pairs = pair("Potsdam", images, labels, notes)
     scenes = [Scene(k, i, m, (k, f"{k}_RGB", f"{k}_label")) for k, (i, m) in pairs.items()]
     return Found(scenes, notes)

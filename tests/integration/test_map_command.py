@@ -192,6 +192,17 @@ def test_the_range_that_is_suggested_is_that_of_the_scene(root: Path, tmp_path: 
     assert code == 0, err
 
 
+@pytest.mark.parametrize(("last", "text"), [
+    ("missing.tif", "there is no such file"), ("folder", "is a folder"), ("z.zip/a.tif", "unpack it first"),
+])  # fmt: skip
+def test_all_files_are_looked_for_before_the_first_is_mapped(root: Path, tmp_path: Path, last: str, text: str) -> None:
+    (tmp_path / "folder").mkdir()
+    scene = write_scene(tmp_path / "a.tif", blobs(40, 50))
+    code, _, err = call("predict", root / "run", scene, tmp_path / last, "--out", tmp_path / "out", "--dry-run", "-q")
+    assert code == 3 and text in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tif", "folder"]
+
+
 @pytest.mark.parametrize(("arguments", "text"), [
     (["c.png", "--tta"], "write --out MAP.tif"),
     (["a.tif", "b.tif", "--out", "m.tif"], "give a folder for several"),
@@ -200,6 +211,7 @@ def test_the_range_that_is_suggested_is_that_of_the_scene(root: Path, tmp_path: 
     (["a.tif", "--out", "m.tif", "--confidence", "c.png"], "maps are GeoTIFF"),
     (["a.tif", "--out", "a.tif"], "that is the scene"),
     (["a.tif", "--out", "b.tif"], "is not this map"),
+    (["a.tif", "--out", "map.png"], "end the name of one scene's map in .tif"),
 ])  # fmt: skip
 def test_requests_that_contradict_themselves_are_refused(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], text: str

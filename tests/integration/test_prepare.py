@@ -427,6 +427,9 @@ def test_the_command_says_what_it_did_and_the_survey_agrees(tmp_path: Path) -> N
         (["loveda", "--protocol", "by-magic"], 2, "there are by-image and by-tile"),
         (["loveda", "--labeled", "5,x"], 2, "labelled share 'x'"),
         (["loveda", "--tile", "16", "--overlap", "16"], 2, "cannot be cut"),
+        (["loveda", "--tile", "0"], 2, "cannot be cut"),
+        (["loveda", "--tile", "16", "--strict"], 2, "leave out --tile and --overlap, or --strict"),
+        (["loveda", "--lists", "src", "--seed", "3"], 2, "leave out --protocol, --seed and --labeled"),
         (["loveda", "--unknown-labels", "no"], 2, "an error or ignored"),
         (["loveda", "--keep-clutter"], 2, "clutter is a class of Potsdam"),
         (["potsdam"], 3, "Potsdam: no scenes"),
@@ -442,6 +445,36 @@ def test_what_cannot_be_asked_ends_with_its_code_and_one_sentence(
     assert said in shown.stderr
     assert "Traceback" not in shown.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "folders", "old", "new"),
+    [
+        ("loveda", ["Train/Rural/images_png", "Train/Rural/masks_png"], "0.png", "a b.png"),
+        ("loveda", ["Train/Rural/images_png"], "0.png", "ü.png"),
+        ("deepglobe", ["train"], "100_", "a,b_"),
+    ],
+)
+def test_no_scene_is_left_out_for_its_name(
+    tmp_path: Path, benchmark: str, folders: list[str], old: str, new: str
+) -> None:
+    write = write_loveda if benchmark == "loveda" else write_deepglobe
+    src = write(tmp_path / "src")
+    renamed = [p for p in src.rglob("*") if p.name.startswith(old) and (benchmark != "loveda" or any(
+        p.parent.as_posix().endswith(f) for f in folders))]  # fmt: skip
+    assert renamed
+    for path in renamed:
+        path.rename(path.with_name(path.name.replace(old, new, 1)))
+    with pytest.raises(DataError, match=r"tiles cannot be called '(a b|ü|a,b)'; rename image and label"):
+        prepare(request(benchmark, src, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_look_like_scenes_of_potsdam_are_said_to_be_left_out(tmp_path: Path) -> None:
+    src = write_potsdam(tmp_path / "src")
+    shutil.copy(src / "2_Ortho_RGB/top_potsdam_2_10_RGB.tif", src / "2_Ortho_RGB/my scene_RGB.tif")
+    notes = prepare(request("potsdam", src, tmp_path / "out")).plan.notes
+    assert any("1 files are left out" in note and "my scene_RGB.tif" in note for note in notes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
