@@ -26,7 +26,9 @@ def accuracy(
     ),
     trees: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Dataset folder of bench/tree_crowns.py; without it, one set."),
+        typer.Option(
+            metavar="DIR", help="Dataset of bench/tree_crowns.py, which gets lists of tiles; without it, one set."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Paired seeds of the core arms.")] = 5,
     more_seeds: Annotated[int, typer.Option(min=0, help="Seeds of parts, controls, selection; 0: leave out.")] = 3,
