@@ -19,13 +19,15 @@ def context() -> dict[str, Any]:
     """Return date, command, machine (processor, cores, memory, GPU) and versions. No host or user name."""
     import torch
 
+    from rsmtdf_cache.memory import memory_nbytes
+
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["rsmtdf", *sys.argv[1:]]),
         "machine": {
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "memory_gb": round(_memory_bytes() / 1e9, 1),
+            "memory_gb": round(memory_nbytes() / 1e9, 1),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": versions(),
@@ -40,10 +42,3 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 0

@@ -155,7 +155,7 @@ class BatchLoader:
 
     def _unlabeled(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> UnlabeledBatch:
         views = [_view([(draw.photometric, draw.cutmix_box) for draw in draws])]
-        if self.recipe.method in ("unimatch-v1", "unimatch") and self.unlabeled is not None:
+        if self.recipe.strong_views == 2 and self.unlabeled is not None:
             views.append(_view([self.unlabeled.second_view(draw) for draw in draws]))
         return UnlabeledBatch(
             image=_images(samples),

@@ -94,6 +94,11 @@ class Recipe(Section):
         default=0, ge=0, description="steps between two comparisons of stored targets with the live teacher; 0: never"
     )
 
+    @property
+    def strong_views(self) -> int:
+        """Strong views of each unlabelled crop."""
+        return {"supervised": 0, "fixmatch": 1}.get(self.method, 2)
+
     @field_validator("labeled", mode="before")
     @classmethod
     def _labeled_is_a_name(cls, value: object) -> object:

@@ -165,7 +165,7 @@ def _unlabeled_term(logits: Tensor, prepared: Prepared, threshold: float, diviso
 
 def _channel_masks(method: str, maps: Sequence[Tensor], labeled: int, prepared: Prepared) -> list[Tensor] | None:
     """Return factors ``[B, S, 1, 1]`` of the encoder's maps for the main pass; None: no channel is dropped."""
-    if not prepared.mixed or method not in ("unimatch-v1", "unimatch"):
+    if not prepared.mixed or (method != "unimatch" and prepared.perturbed is None):
         return None
     channels, device = [m.shape[1] for m in maps], maps[0].device
     crops = len(prepared.mixed[0].image)

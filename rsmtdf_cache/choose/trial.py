@@ -7,7 +7,6 @@ nothing, they only judge.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 from rsmtdf_cache.choose.descriptors import describe_tiles, upright_arrays
 from rsmtdf_cache.choose.selection import LABEL_FREE, Budget, candidate_rows, order_tiles
 from rsmtdf_cache.choose.strategies import random_order
-from rsmtdf_cache.errors import DataError, ResourceError
+from rsmtdf_cache.errors import DataError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
+from rsmtdf_cache.memory import require_memory
 from rsmtdf_cache.sources.base import TileSource
 from rsmtdf_cache.specs import FeatureKey
 from rsmtdf_cache.store import FeatureStore
@@ -144,9 +144,4 @@ class _Scene:
 def _require_memory(store: FeatureStore, keys: Sequence[FeatureKey], tiles: int) -> None:
     specs = [store.spec(key) for key in keys]
     need = 3 * tiles * sum(2 * s.grid[0] * s.grid[1] * s.layer.channels for s in specs)  # those judged are copied
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > memory / 2:
-        raise ResourceError(
-            f"{store.shown}: the maps of {tiles} tiles take {need / 1e9:.1f} GB of memory, this machine has "
-            f"{memory / 1e9:.1f} GB; choose fewer with --array"
-        )
+    require_memory(need, f"{store.shown}: the maps of {tiles} tiles take", "choose fewer with --array")

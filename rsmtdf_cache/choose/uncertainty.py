@@ -13,7 +13,6 @@ Shape legend: n tiles, P points a side, C classes, D channels.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError
+from rsmtdf_cache.errors import MismatchError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
+from rsmtdf_cache.memory import require_memory
 from rsmtdf_cache.sources.base import Tile, TileSource
 from rsmtdf_cache.specs import FeatureKey
 from rsmtdf_cache.store import FeatureStore
@@ -118,7 +118,9 @@ def _learned(
             f"--strategy uncertain learns from the masks of --have, and those of its {len(labelled)} tiles show no "
             "class where the probe looks; name a subset whose masks are drawn"
         )
-    _require_memory(store, 12 * len(task.counts) * sum(s.layer.channels for s in specs))
+    need = 12 * len(task.counts) * sum(s.layer.channels for s in specs)
+    advice = "choose fewer arrays with --array, or a smaller --have"
+    require_memory(need, f"{store.shown}: a probe of all labelled tiles takes", advice)
     grids = [grid_of(spec) for spec in specs]
     points: list[list[Tensor]] = [[] for _ in keys]
     first = 0
@@ -145,12 +147,3 @@ def _entropy(logits: Tensor) -> float:
     logs = logits.log_softmax(-1)
     most = math.log(max(2, logits.shape[-1]))  # one class alone is certain
     return min(1.0, float(-(logs.exp() * logs).sum(-1).mean()) / most)
-
-
-def _require_memory(store: FeatureStore, need: int) -> None:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > memory / 2:
-        raise ResourceError(
-            f"{store.shown}: a probe of all labelled tiles takes {need / 1e9:.1f} GB of memory, this machine has "
-            f"{memory / 1e9:.1f} GB; choose fewer arrays with --array, or a smaller --have"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from rsmtdf_cache.errors import DataError, MismatchError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import require_space
+from rsmtdf_cache.memory import memory_nbytes
 from rsmtdf_cache.prepare.benchmark import Scene
 from rsmtdf_cache.prepare.cutting import cut_tile
 from rsmtdf_cache.prepare.labels import IGNORE
@@ -63,7 +65,8 @@ def prepare(request: Request, on_event: EventSink = ignore_events) -> Prepared:
         require_space(partial, nbytes, f"dataset (estimated from scene {scene})", advice)
         unknown, written = _write_tiles(partial, plan, request, on_event)
         _write_texts(partial, plan, unknown)
-        _drop_spool(spool)
+        if spool.folder.exists():
+            shutil.rmtree(spool.folder)
         publish(partial, out)
     if unknown:
         on_event(Warned(_said(unknown)))
@@ -179,9 +182,8 @@ def _workers(plan: Plan, request: Request) -> int:
     if request.workers is not None:
         return request.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
+    memory = memory_nbytes()
+    if not memory:
         return cores
     return max(1, min(cores, memory // 2 // (_BYTES_A_PIXEL * plan.benchmark.side_px**2)))
 
@@ -211,13 +213,6 @@ def _write_texts(root: Path, plan: Plan, unknown: Mapping[str, int]) -> None:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-
-
-def _drop_spool(spool: SpoolFolder) -> None:
-    if spool.folder.exists():
-        for path in spool.folder.iterdir():
-            path.unlink()
-        spool.folder.rmdir()
 
 
 def _said(unknown: Mapping[str, int]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from rsmtdf_cache.errors import DataError, TileError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
 from rsmtdf_cache.sources.base import Tile, TileSource
 from rsmtdf_cache.sources.scenes import read_scenes
+from rsmtdf_cache.tiles import pixel_digest
 
 __all__ = ["Duplicate", "SplitSurvey", "Survey", "class_pixels", "survey"]
 
@@ -113,7 +113,7 @@ def _read(source: TileSource, tile: Tile) -> tuple[TileError | None, NDArray[np.
     except TileError as error:
         return error, None, None
     plain = bool((image == image[0, 0]).all())  # two tiles of sea or of no data say nothing of each other
-    digest = None if plain else hashlib.sha256(image.tobytes()).digest()
+    digest = None if plain else pixel_digest(image)
     return None, _count(source, tile) if tile.mask is not None else None, digest
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from torch import Tensor
 from rsmtdf_cache.calibrate import CALIBRATION_TILES, HELD_OUT_TILES
 from rsmtdf_cache.codecs import Calibration, Moments, codec_class, load_codec, parse_codec
 from rsmtdf_cache.encode import encode_batch
-from rsmtdf_cache.errors import DataError, ResourceError
+from rsmtdf_cache.errors import DataError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart
+from rsmtdf_cache.memory import require_memory
 from rsmtdf_cache.plan import TeacherJob
 from rsmtdf_cache.quality import Quality, token_cosines
 from rsmtdf_cache.resampling import Grid, interpolation_weights
@@ -78,12 +78,8 @@ def encode_maps(
     """
     specs = upright(job)
     need = 4 * len(images) * sum(s.grid[0] * s.grid[1] * s.layer.channels for s in specs)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > memory / 2:
-        raise ResourceError(
-            f"{job.teacher.spec.name}: features of {len(images)} tiles take {need / 1e9:.1f} GB of memory, this "
-            f"machine has {memory / 1e9:.1f} GB; use fewer --tiles, layers or scales"
-        )
+    what = f"{job.teacher.spec.name}: features of {len(images)} tiles take"
+    require_memory(need, what, "use fewer --tiles, layers or scales")
     found = []
     for view in dict.fromkeys(s.view for s in specs):
         here = [s for s in specs if s.view == view]

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from rsmtdf_cache.errors import DataError
 from rsmtdf_cache.sources import open_source
-from rsmtdf_cli.app import app
 from rsmtdf_train.checkpoint import RunFolder, load_deployed
 from rsmtdf_train.evaluate import evaluate
 from rsmtdf_train.loop import train
 from rsmtdf_train.predict import read_rgb
 from rsmtdf_train.recipe import Recipe
+from tests.command_line import call, call_json
 from tests.datasets import write_dataset
 
 CPU = torch.device("cpu")
@@ -38,17 +36,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     })  # fmt: skip
     train(recipe, root / "run", device="cpu", tensorboard=False)
     return root
-
-
-def call(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    return result.exit_code, result.stdout, result.stderr
-
-
-def call_json(*arguments: object) -> Any:
-    code, out, err = call(*arguments, "--json", "-q", "--device", "cpu")
-    assert code == 0, err
-    return json.loads(out)
 
 
 def test_eval_repeats_the_scores_of_the_run(root: Path) -> None:

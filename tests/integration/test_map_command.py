@@ -19,9 +19,8 @@ import rasterio.shutil
 from PIL import Image
 from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine, xy
-from typer.testing import CliRunner
 
-from rsmtdf_cli.app import app
+from tests.command_line import call, call_json
 from tests.commands import start
 from tests.scenes import CLASSES, PLACE, blobs, save_run, write_scene
 
@@ -35,17 +34,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_run(root / "other", seed=1)
     write_scene(root / "scene.tif", blobs(150, 230), photometric="rgb")
     return root
-
-
-def call(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    return result.exit_code, result.stdout, result.stderr
-
-
-def call_json(*arguments: object) -> Any:
-    code, out, err = call(*arguments, "--json", "-q", "--device", "cpu")
-    assert code == 0, err
-    return json.loads(out)
 
 
 def hidden(folder: Path) -> list[str]:
