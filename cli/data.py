@@ -10,6 +10,7 @@ import typer
 
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, message, new_app, progress
 from rsmtdf_cli.prepare import prepare
+from rsmtdf_cli.tile import tile
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,6 +60,7 @@ def sample(
 
 
 app.command("prepare")(prepare)
+app.command("tile")(tile)
 
 
 @app.command("info")

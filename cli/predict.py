@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rsmtdf_cli.bands import parse_bands
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, message, progress
 
 if TYPE_CHECKING:
@@ -49,12 +50,15 @@ def predict(
         str | None,
         typer.Option(
             metavar="R,G,B",
-            help="Scenes: bands shown as red, green, blue; default: as the file names them, else 1,2,3.",
+            help="Scenes: bands shown as red, green, blue; default: as the run's tiles, as the file says, 1,2,3.",
         ),
     ] = None,
     scale: Annotated[
         str | None,
-        typer.Option(metavar="LOW,HIGH", help="Scenes: values that are black and white; 8-bit bands need none."),
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="Scenes: values that are black and white, or a pair a band; default: as the run's tiles.",
+        ),
     ] = None,
     window: Annotated[
         int | None, typer.Option(metavar="PX", help="Scenes: side of windows; default: that of training crops.")
@@ -100,7 +104,9 @@ def predict(
         raise UsageError(
             f"--probabilities and --confidence name one file each, found {len(maps)} scenes; run them one by one"
         )
-    numbers = {"bands": _numbers("--bands", bands, int, 3), "scale": _numbers("--scale", scale, float, 2)}
+    from rsmtdf_cache.rasters.scaling import parse_scale
+
+    numbers = {"bands": parse_bands(bands), "scale": None if scale is None else parse_scale(scale)}
     chosen = pick_device(device)
     there = RunFolder(run)
     kind = there.deployed_kind() if checkpoint is _Choice.DEPLOYED else checkpoint.value
@@ -171,24 +177,9 @@ def _sorted_out(images: list[Path], out: Path) -> tuple[dict[Path, Path], list[P
 
 
 def _has_place(path: Path) -> bool:
-    from rsmtdf_train.scenes.raster import has_place
+    from rsmtdf_cache.rasters.gdal import has_place
 
     return has_place(path)
-
-
-def _numbers(option: str, text: str | None, kind: type[int] | type[float], count: int) -> tuple[Any, ...] | None:
-    from rsmtdf_cache.errors import UsageError
-
-    if text is None:
-        return None
-    try:
-        values = tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) != count:
-        example = "1,2,3" if kind is int else "0,3000"
-        raise UsageError(f"{option} {text}: give {count} numbers with commas between, such as {example}")
-    return values
 
 
 def _show(entry: Prediction | MapReport) -> None:

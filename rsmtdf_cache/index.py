@@ -33,7 +33,7 @@ def index_tiles(
     records: list[TileRecord] = []
     quarantined: list[Quarantined] = []
     on_event(ProgressStart("index", "reading tiles", len(tiles)))
-    digests = TileDigests(source.root, source.tile_px)
+    digests = TileDigests(source)
     with ThreadPoolExecutor(_WORKERS) as pool:
         for found in pool.map(lambda tile: _look(source, tile, digests), tiles):
             if isinstance(found, TileRecord):
@@ -61,13 +61,15 @@ def new_records(table: TileTable, records: Sequence[TileRecord], store: Path) ->
 
 
 def _look(source: TileSource, tile: Tile, digests: TileDigests) -> TileRecord | Quarantined:
-    digest = digests.find(tile.image)
+    digest = digests.find(tile)
     if digest is None:
         try:
             digest = pixel_digest(source.read_image(tile))
         except TileError as error:
             return Quarantined(tile.id, error.reason)
-        digests.keep(tile.image, digest)
+        digests.keep(tile, digest)
     place = tile.georeference
     path = tile.image.relative_to(source.root).as_posix() if tile.image.is_relative_to(source.root) else tile.image.name
+    if tile.origin_px is not None:
+        path += f"#{tile.origin_px[0]},{tile.origin_px[1]}"
     return TileRecord(tile.id, digest, tile.split, path, place.crs if place else "", place.affine if place else ())

@@ -17,12 +17,15 @@ from rsmtdf_cache.errors import FindingsError
 from rsmtdf_cache.files import replace_file, sha256_file
 from rsmtdf_cache.home import cache_home
 from rsmtdf_cache.parquet import read_plain, write_plain
+from rsmtdf_cache.sources.base import Tile, TileSource
 from rsmtdf_cache.specs import digest_of
 
-__all__ = ["TileDigests", "decoder"]
+__all__ = ["TileDigests"]
 
 #: A file written this short a time ago can be written again without its mtime showing it.
 _SETTLED_NS = 2_000_000_000
+#: A scene is not hashed for each of its tiles: without size, mtime and inode its tiles are decoded again.
+_OF_A_SCENE = bytes(32)
 _COLUMNS = ("path", "nbytes", "mtime_ns", "inode", "sha256", "digest")
 
 
@@ -35,46 +38,43 @@ class _Entry:
     digest: bytes
 
 
-def decoder() -> str:
-    """Return what turns image files into pixels; another version may give others."""
-    from importlib.metadata import version
-
-    return f"pillow {version('pillow')}"
-
-
 class TileDigests:
-    """Pixel digests of the images below ``root``, read with tiles of ``tile_px``. Safe among threads."""
+    """Pixel digests of the tiles of ``source``. Safe among threads."""
 
-    def __init__(self, root: Path, tile_px: int) -> None:
-        self._root = root.resolve()
-        name = digest_of([str(self._root), tile_px, decoder()])[:16]
+    def __init__(self, source: TileSource) -> None:
+        name = digest_of([str(source.root.resolve()), source.tile_px, source.decoder])[:16]
         self.path = cache_home() / "tiles" / f"{name}.parquet"
         self._known: Mapping[str, _Entry] = _read(self.path)
         self._seen: dict[str, _Entry] = {}
 
-    def find(self, image: Path) -> bytes | None:
-        """Return the pixel digest of ``image`` when it was decoded before and is the same file, else None."""
-        name = str(image)
-        entry = self._known.get(name)
+    def find(self, tile: Tile) -> bytes | None:
+        """Return the pixel digest of ``tile`` when it was decoded before and the file is the same, else None."""
+        entry = self._known.get(tile.place)
         if entry is None:
             return None
         try:
-            found = image.stat()
+            found = tile.image.stat()
             same = (found.st_size, found.st_mtime_ns, found.st_ino) == (entry.nbytes, entry.mtime_ns, entry.inode)
-            if not same and (found.st_size != entry.nbytes or sha256_file(image) != entry.sha256.hex()):
+            if not same and not self._same_bytes(tile, found.st_size, entry):
                 return None
         except OSError:
             return None
-        self._seen[name] = _Entry(found.st_size, found.st_mtime_ns, found.st_ino, entry.sha256, entry.digest)
+        self._seen[tile.place] = _Entry(found.st_size, found.st_mtime_ns, found.st_ino, entry.sha256, entry.digest)
         return entry.digest
 
-    def keep(self, image: Path, digest: bytes) -> None:
-        """Note the digest of the pixels that ``image`` was just decoded to."""
+    def keep(self, tile: Tile, digest: bytes) -> None:
+        """Note the digest of the pixels that ``tile`` was just decoded to."""
         with contextlib.suppress(OSError):
-            found = image.stat()
+            found = tile.image.stat()
             if time.time_ns() - found.st_mtime_ns > _SETTLED_NS:
-                sha256 = bytes.fromhex(sha256_file(image))
-                self._seen[str(image)] = _Entry(found.st_size, found.st_mtime_ns, found.st_ino, sha256, digest)
+                sha256 = _OF_A_SCENE if tile.origin_px is not None else bytes.fromhex(sha256_file(tile.image))
+                self._seen[tile.place] = _Entry(found.st_size, found.st_mtime_ns, found.st_ino, sha256, digest)
+
+    @staticmethod
+    def _same_bytes(tile: Tile, nbytes: int, entry: _Entry) -> bool:
+        if tile.origin_px is not None or nbytes != entry.nbytes:
+            return False
+        return sha256_file(tile.image) == entry.sha256.hex()
 
     def save(self) -> None:
         """Write down what is known by now; silent when the folder cannot be written to."""

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rsmtdf_cache.errors import DataError, MismatchError, UsageError
 from rsmtdf_cache.files import replace_file
+from rsmtdf_cache.rasters.scaling import PixelRule
 from rsmtdf_cache.sources.base import ClassInfo
 from rsmtdf_cache.specs import differing_fields
 from rsmtdf_train.fused_student import FusedStudent, build_fused_student
@@ -117,6 +118,7 @@ class RunIdentity:
     ignore_index: int
     targets: tuple[TargetShape, ...]
     teachers: tuple[tuple[str, str], ...] = ()  # names and weights digests of live teachers
+    pixels: PixelRule | None = None  # how values became the 8-bit RGB it learned from; None: the files held that
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data that ``from_json`` reads back to an equal value."""
@@ -128,6 +130,7 @@ class RunIdentity:
             "ignore_index": self.ignore_index,
             "targets": [vars(t) for t in self.targets],
             **({"teachers": dict(self.teachers)} if self.teachers else {}),
+            **({"pixels": self.pixels.to_json()} if self.pixels is not None else {}),
         }
 
     @classmethod
@@ -143,6 +146,7 @@ class RunIdentity:
             ignore_index=data["ignore_index"],
             targets=tuple(TargetShape(**t) for t in data["targets"]),
             teachers=tuple(sorted(data.get("teachers", {}).items())),
+            pixels=PixelRule.from_json(data["pixels"]) if "pixels" in data else None,
         )
 
     def require_same(self, other: RunIdentity, where: Path) -> None:

@@ -117,15 +117,18 @@ class TileDataset:
         return [self._cut(draw, found) for draw, found in zip(draws, read, strict=True)]
 
     def _cut(self, draw: Draw, features: dict[str, Codes]) -> Sample:
-        image, label = self._decode(draw.tile_id)
+        image, label, *held = self._decode(draw.tile_id)
         crop_px = self.geometry.crop_px
+        valid = draw.cut.valid(len(image), crop_px)
+        if held:  # a cut as of labels: nearest pixels, nothing where the tile ends
+            valid &= draw.cut.label(held[0], crop_px, 0) > 0
         return Sample(
             tile_id=draw.tile_id,
             row=self._rows[draw.tile_id],
             orientation=draw.orientation,
             image=draw.cut.image(image, crop_px),
             label=draw.cut.label(label, crop_px, self.source.ignore_index),
-            valid=draw.cut.valid(len(image), crop_px),
+            valid=valid,
             features=features,
         )
 
@@ -133,7 +136,7 @@ class TileDataset:
         found = self._decoded.get(tile_id)
         if found is None:
             tile = self._tiles[tile_id]
-            image = self.source.read_image(tile)
+            image, valid = self.source.read_valid(tile)
             if self.targets is not None and tile_id not in self._known:
                 self.targets.check_pixels(tile_id, image)
                 self._known.add(tile_id)
@@ -141,6 +144,6 @@ class TileDataset:
                 mask = np.full(image.shape[:2], self.source.ignore_index, np.uint8)
             else:
                 mask = self.source.read_mask(tile)
-            found = (image, mask)
+            found = (image, mask) if valid is None else (image, mask, valid.astype(np.uint8))
             self._decoded.put(tile_id, *found)
         return found

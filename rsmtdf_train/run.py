@@ -118,8 +118,9 @@ def open_run(
         sorted((name, teacher.spec.weights) for name, teacher in mode.live.teachers.items())
     )  # fmt: skip
     identity = RunIdentity(
-        recipe, store.snapshot if store is not None else None, source.classes, source.ignore_index, shapes, live
-    )
+        recipe, store.snapshot if store is not None else None, source.classes, source.ignore_index, shapes, live,
+        source.pixels,
+    )  # fmt: skip
     if folder.recipe.is_file() and not folder.last.is_file():  # stopped before its first checkpoint
         identity.require_same(replace(identity, recipe=folder.load_recipe()), out)
     counts = count_labels(source, loader.labeled.tile_ids)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from rsmtdf_cache.errors import Interrupted
+from rsmtdf_cache.errors import Interrupted, MismatchError
 from rsmtdf_cache.files import build_lock, disk_errors, fsync_folder, make_folders, remove_file
 
-__all__ = ["SpoolFolder", "publish", "spool_only", "workplace"]
+__all__ = ["SpoolFolder", "is_made", "publish", "refuse_file", "spool_only", "workplace"]
 
 
 class SpoolFolder:
@@ -71,6 +73,31 @@ def publish(partial: Path, out: Path) -> None:
     os.sync()  # tens of thousands of files: once for all is quicker than one by one
     os.rename(partial, out)
     fsync_folder(out.parent)
+
+
+def refuse_file(out: Path) -> None:
+    """Raise ``MismatchError`` when ``out`` is a file."""
+    if out.exists() and not out.is_dir():
+        raise MismatchError(f"{out} is a file; give a new or an empty folder")
+
+
+def is_made(out: Path, record: str, asked: Mapping[str, Any], what: str) -> bool:
+    """Whether ``out`` was made of what is ``asked``, as its file ``record`` says; False when it is free.
+
+    Raises ``MismatchError`` when anything else is there; ``what`` names it.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    try:
+        found = json.loads((out / record).read_text(encoding="utf-8"))["asked"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise MismatchError(f"{out} is not empty and holds something else; give a new or an empty folder") from None
+    if found != asked:
+        other = sorted(k for k in asked if not isinstance(found, dict) or found.get(k) != asked[k])
+        raise MismatchError(
+            f"{out} holds another {what} (differs in {', '.join(other)}); give another folder, or remove it"
+        )
+    return True
 
 
 def _literal(name: str) -> str:

@@ -8,11 +8,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from rsmtdf_cache.errors import DataError, MismatchError
+from rsmtdf_cache.errors import DataError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import require_space
 from rsmtdf_cache.memory import memory_nbytes
@@ -23,7 +22,7 @@ from rsmtdf_cache.prepare.member import read_member
 from rsmtdf_cache.prepare.pixels import read_rgb
 from rsmtdf_cache.prepare.plan import Plan, Request, make_plan
 from rsmtdf_cache.prepare.splitting import Cell
-from rsmtdf_cache.prepare.workplace import SpoolFolder, publish, spool_only, workplace
+from rsmtdf_cache.prepare.workplace import SpoolFolder, is_made, publish, refuse_file, spool_only, workplace
 from rsmtdf_cache.share.parallel import Counter, run_jobs
 from rsmtdf_cache.sources.png import encode_png
 from rsmtdf_cache.sources.scenes import SceneCell, write_domains, write_scenes
@@ -52,13 +51,13 @@ def prepare(request: Request, on_event: EventSink = ignore_events) -> Prepared:
     asked, ``MismatchError`` when ``out`` holds anything else, ``Interrupted``, ``ResourceError``.
     """
     out = request.out.resolve()
-    _refuse_file(out)
+    refuse_file(out)
     with workplace(out) as partial:
         spool = SpoolFolder(partial / ".spool")
         plan = make_plan(request, spool)
         for text in plan.warnings:
             on_event(Warned(text))
-        if _is_there(out, plan.record):
+        if is_made(out, RECORD, plan.record["asked"], "preparation"):
             return Prepared(plan, False)
         nbytes, scene = _scene_estimate(plan, request)
         advice = "choose another place, or fewer scenes"
@@ -79,10 +78,10 @@ def estimate(request: Request) -> tuple[Plan, int]:
     Raises as ``prepare`` does.
     """
     out = request.out.resolve()
-    _refuse_file(out)
+    refuse_file(out)
     with spool_only(out) as spool:
         plan = make_plan(request, spool)
-        _is_there(out, plan.record)
+        is_made(out, RECORD, plan.record["asked"], "preparation")
         return plan, _scene_estimate(plan, request)[0]
 
 
@@ -98,28 +97,6 @@ def _by_scene(plan: Plan) -> dict[Scene, list[Cell]]:
     for cell in plan.cells:
         found.setdefault(cell.scene, []).append(cell)
     return found
-
-
-def _refuse_file(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise MismatchError(f"{out} is a file; give a new or an empty folder")
-
-
-def _is_there(out: Path, record: Mapping[str, Any]) -> bool:
-    """Whether ``out`` is this very preparation; False when it is free. Raises ``MismatchError`` otherwise."""
-    if not out.exists() or not any(out.iterdir()):
-        return False
-    try:
-        asked = json.loads((out / RECORD).read_text(encoding="utf-8"))["asked"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise MismatchError(f"{out} is not empty and holds something else; give a new or an empty folder") from None
-    now = record["asked"]
-    if asked != now:
-        other = sorted(k for k in now if not isinstance(asked, dict) or asked.get(k) != now[k])
-        raise MismatchError(
-            f"{out} holds another preparation (differs in {', '.join(other)}); give another folder, or remove it"
-        )
-    return True
 
 
 def _tiles(

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rsmtdf_cache.rasters.scaling import PixelRule
+
 __all__ = ["ClassInfo", "Georeference", "Tile", "TileSource"]
 
 
@@ -31,17 +33,30 @@ class Georeference:
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of a dataset. ``id`` is unique in the dataset and safe as a file name."""
+    """One tile of a dataset. ``id`` is unique in the dataset and safe as a file name.
+
+    ``origin_px``: row and column of its first pixel in ``image`` where that is a larger scene, None where the file is
+    the tile.
+    """
 
     id: str
     split: str
     image: Path
     mask: Path | None
     georeference: Georeference | None = None
+    origin_px: tuple[int, int] | None = None
+
+    @property
+    def place(self) -> str:
+        """The file, and where in it: what tells apart two tiles of one scene."""
+        return str(self.image) if self.origin_px is None else f"{self.image}#{self.origin_px[0]},{self.origin_px[1]}"
 
 
 class TileSource(ABC):
-    """A dataset on disk. All tiles are square, of one side ``tile_px``."""
+    """A dataset on disk. All tiles are square, of one side ``tile_px``.
+
+    ``pixels``: how values become 8-bit RGB, None where files hold that.
+    """
 
     root: Path
     name: str
@@ -49,6 +64,12 @@ class TileSource(ABC):
     classes: tuple[ClassInfo, ...]
     ignore_index: int
     attribution: str
+    pixels: PixelRule | None = None
+
+    @property
+    @abstractmethod
+    def decoder(self) -> str:
+        """What turns files into pixels, with its version and all that decides them; another may give others."""
 
     @abstractmethod
     def split_names(self) -> list[str]:
@@ -76,6 +97,13 @@ class TileSource(ABC):
     @abstractmethod
     def read_image(self, tile: Tile) -> NDArray[np.uint8]:
         """Return ``[tile_px, tile_px, 3]`` uint8 RGB. Raises ``TileError`` for a file that cannot be one."""
+
+    def read_valid(self, tile: Tile) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+        """Return the image as ``read_image`` does, and ``[tile_px, tile_px]``: where it holds data. None: everywhere.
+
+        Raises ``TileError``.
+        """
+        return self.read_image(tile), None
 
     @abstractmethod
     def read_mask(self, tile: Tile) -> NDArray[np.uint8]:

@@ -1,24 +1,23 @@
-"""A dataset as a folder of PNG files.
+"""A dataset as a folder of image files, one a tile.
 
 ::
 
     DIR/dataset.yaml            name, tile_px, ignore_index, masks: complete | partial, attribution, classes
-    DIR/images/ID.png           8-bit RGB, tile_px x tile_px
-    DIR/masks/ID.png            8-bit, one band (grey or palette): class numbers, or ignore_index
+    DIR/images/ID.png           tile_px x tile_px; 8-bit RGB, or what ``pixels`` in dataset.yaml makes such of
+    DIR/masks/ID.png            class numbers or ignore_index in one band, or what ``labels`` and ``values`` say
     DIR/splits/train.txt        one id a line; val.txt and test.txt likewise; no id in two of them
     DIR/splits/labeled/5.txt    subsets of train whose labels may be used; the name is free
     DIR/georeference.csv        optional: id,crs,a,b,c,d,e,f
 
-With ``masks: partial`` a tile may have no mask, unless it is in a labelled subset that is used: a list of tiles can be
-there before their masks are drawn.
+PNG is read by Pillow, every other raster format by GDAL. Nothing is converted unless ``dataset.yaml`` says how. With
+``masks: partial`` a tile may have no mask, unless it is in a labelled subset that is used: a list of tiles can be there
+before their masks are drawn.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -26,73 +25,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import DataError, TileError, did_you_mean
-from rsmtdf_cache.sources.base import ClassInfo, Georeference, Tile, TileSource
+from rsmtdf_cache.sources.base import Georeference, Tile
 from rsmtdf_cache.sources.georeference import read_georeference
-from rsmtdf_cache.sources.header import read_header
-from rsmtdf_cache.sources.png import (
-    GREY,
-    PALETTE,
-    RGB,
-    PngError,
-    PngHeader,
-    decode_png,
-    parse_png_header,
-    read_png_header,
-)
+from rsmtdf_cache.sources.header import DatasetHeader
+from rsmtdf_cache.sources.listed import LABELED, ListedSource
+from rsmtdf_cache.sources.png import GREY, PALETTE, RGB, PngError, PngHeader, decode_png, parse_png_header
+from rsmtdf_cache.sources.raster_files import RasterFiles, gdal_version
 
 __all__ = ["FolderSource"]
 
-_SPLITS = ("train", "val", "test")
-_LABELED = "labeled/"
-_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp"}
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", ".bmp", ".gif", ".webp"}
 
 
-class FolderSource(TileSource):
-    """The dataset in the folder ``root``. A snapshot: file listings are taken once, at first use.
+class FolderSource(ListedSource):
+    """The dataset in the folder ``root``, described by ``header``. A snapshot: files are listed once, at first use."""
 
-    Raises ``DataError`` when the folder or its ``dataset.yaml`` is missing or malformed.
-    """
+    _NO_MASK = "has no mask masks/{id}.png"
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        header = read_header(self.root)
-        self.name = header.name
-        self.tile_px = header.tile_px
-        self.classes = tuple(ClassInfo(c.name, c.color) for c in header.classes)
-        self.ignore_index = header.ignore_index
-        self.attribution = header.attribution
+    def __init__(self, root: str | Path, header: DatasetHeader) -> None:
+        super().__init__(Path(root), header)
         self.masks_complete = header.masks == "complete"
-        self._ids: dict[str, list[str]] = {}
+        self._rasters = RasterFiles(header)
+        self.pixels = self._rasters.rule
 
-    def split_names(self) -> list[str]:
-        """Return those of train, val, test that have a file, then the labelled subsets, smaller numbers first."""
-        return list(self._split_files)
+    @property
+    def decoder(self) -> str:
+        """Return ``pillow 11.0``; with GDAL's version where it reads some of the images, and by which rule."""
+        from importlib.metadata import version
 
-    def split(self, name: str) -> list[str]:
-        """Return the ids of split ``name`` in file order; ``"5"`` is short for ``"labeled/5"``.
-
-        Raises ``DataError`` for an unknown or empty split, an id that stands twice or is no safe file name.
-        """
-        name = self._full_name(name)
-        if name not in self._ids:
-            self._ids[name] = _read_ids(self._split_files[name])
-        return list(self._ids[name])
-
-    def tiles(self, splits: Sequence[str] | None = None) -> list[Tile]:
-        """Return the tiles of ``splits``, each once, in the order train, val, test, and by id within a split.
-
-        A tile of a labelled subset carries the split ``train``. Raises ``DataError`` for an id without an image file.
-        """
-        asked = self._asked(splits)
-        found: list[Tile] = []
-        seen: set[str] = set()
-        for name in asked:
-            ids = sorted(set(self.split(name)) - seen)
-            seen.update(ids)
-            found += [self._tile(tile_id, name) for tile_id in ids]
-        home = {s: i for i, s in enumerate(_SPLITS)}
-        return sorted(found, key=lambda tile: (home[tile.split], tile.id))
+        name = f"pillow {version('pillow')}"
+        if self.pixels is not None:
+            return f"{name}, {gdal_version()}, {self.pixels.to_json()}"
+        foreign = any(not file.lower().endswith(".png") for files in self._images.values() for file in files)
+        return f"{name}, {gdal_version()}" if foreign else name
 
     def check(self, splits: Sequence[str] | None = None) -> None:
         """Raise ``DataError`` for the first fault of the dataset as a whole.
@@ -103,43 +68,72 @@ class FolderSource(TileSource):
         """
         self._check_files()
         self._check_splits(None if splits is None else self._asked(splits))
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(self._check_mask, self.tiles(splits)):
-                pass
+        self._each(self._check_mask, self.tiles(splits))
 
     def read_image(self, tile: Tile) -> NDArray[np.uint8]:
         """Return ``[tile_px, tile_px, 3]`` uint8 RGB.
 
-        Raises ``TileError`` for anything but a whole 8-bit RGB PNG of that size; nothing is converted.
+        Raises ``TileError`` for a file that is damaged or of another size, and for anything but 8-bit RGB where
+        ``dataset.yaml`` does not say how to make that of it.
         """
+        return self.read_valid(tile)[0]
+
+    def read_valid(self, tile: Tile) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+        """Return the image, and where it holds data: all of it is None. Raises ``TileError`` as ``read_image`` does."""
         try:
-            data = tile.image.read_bytes()
-            header = parse_png_header(data)
-            if (header.bit_depth, header.color_type) != (8, RGB) or not self._has_tile_size(header):
-                raise PngError(f"found {header}; this dataset takes 8-bit RGB, {self.tile_px} x {self.tile_px} px")
-            image: NDArray[np.uint8] = decode_png(data)
-        except PngError as error:
-            raise TileError(tile.id, f"{tile.image}: {error}") from None
+            if self.pixels is None and tile.image.suffix.lower() == ".png":
+                return self._read_png(tile.image), None
+            return self._read_raster(tile.image)
+        except (PngError, DataError) as error:
+            where = "" if str(tile.image) in str(error) else f"{tile.image}: "
+            raise TileError(tile.id, f"{where}{error}") from None
         except OSError as error:
             raise TileError(tile.id, f"{tile.image}: cannot be read ({error.strerror})") from None
+
+    def _read_png(self, path: Path) -> NDArray[np.uint8]:
+        data = path.read_bytes()
+        header = parse_png_header(data)
+        if (header.bit_depth, header.color_type) != (8, RGB) or not self._has_tile_size(header):
+            raise PngError(f"found {header}; {self._wanted()}")
+        image: NDArray[np.uint8] = decode_png(data)
         return image
+
+    def _read_raster(self, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+        with self._rasters.described(path) as scene:
+            size, bands = (scene.width, scene.height), scene.count
+            if size != (self.tile_px, self.tile_px) or (self.pixels is None and bands != 3):
+                found = f"{bands} band{'s' * (bands != 1)} of {scene.dtype}, {size[0]} x {size[1]} px"
+                raise PngError(f"found {found}; {self._wanted()}")
+        return self._rasters.image(path, (0, 0))
+
+    def _wanted(self) -> str:
+        size = f"{self.tile_px} x {self.tile_px} px"
+        if self.pixels is not None:
+            return f"this dataset takes {size}"
+        return f"this dataset takes 8-bit RGB, {size}; bands and a range for others are set by `pixels` in dataset.yaml"
 
     def read_mask(self, tile: Tile) -> NDArray[np.uint8]:
         """Return ``[tile_px, tile_px]`` uint8 class numbers or ``ignore_index``.
 
-        Raises ``DataError`` naming the file when it is no 8-bit mask of one band and that size, is damaged, or holds a
-        value outside the classes, and when the tile has no mask.
+        Raises ``DataError`` naming the file when it is no mask of that size, is damaged, or holds what is no class, and
+        when the tile has no mask.
         """
         if tile.mask is None:
             raise DataError(f"tile {tile.id!r} of {self.root} has no mask; it can only be used without labels")
+        if not self._is_plain_mask(tile.mask):
+            mask = self._rasters.mask(tile.image, tile.mask, (0, 0))
+            return mask
         try:
             data = tile.mask.read_bytes()
             header = parse_png_header(data)
-            if header.color_type not in (GREY, PALETTE) or (header.color_type == GREY and header.bit_depth != 8):
-                raise PngError(f"found {header}; a mask is 8-bit with one band of class numbers")
+            if header.color_type != PALETTE and (header.color_type != GREY or header.bit_depth not in (1, 8)):
+                raise PngError(
+                    f"found {header}; a mask is 8-bit with one band of class numbers. Where colours say the class, "
+                    "write `labels: {kind: colors}` in dataset.yaml"
+                )
             if not self._has_tile_size(header):
                 raise PngError(f"found {header}; the tiles are {self.tile_px} x {self.tile_px} px")
-            mask: NDArray[np.uint8] = decode_png(data)
+            mask = decode_png(data).astype(np.uint8, copy=False)  # 1 bit comes as bool: class 0 and class 1
         except PngError as error:
             raise DataError(f"mask {tile.mask}: {error}") from None
         except OSError as error:
@@ -154,31 +148,13 @@ class FolderSource(TileSource):
             )
         return mask
 
+    def _is_plain_mask(self, mask: Path) -> bool:
+        """Whether the file has class numbers in a PNG: nothing else has been asked for."""
+        given = self.header.labels is not None or any(c.values is not None for c in self.header.classes)
+        return not given and mask.suffix.lower() == ".png"
+
     def _has_tile_size(self, header: PngHeader) -> bool:
         return header.width == header.height == self.tile_px
-
-    @cached_property
-    def _split_files(self) -> dict[str, Path]:
-        folder = self.root / "splits"
-        found = {name: folder / f"{name}.txt" for name in _SPLITS if (folder / f"{name}.txt").is_file()}
-        for path in sorted((folder / "labeled").glob("*.txt"), key=lambda p: (len(p.stem), p.stem)):
-            found[_LABELED + path.stem] = path
-        return found
-
-    def _full_name(self, name: str) -> str:
-        known = self._split_files
-        if name in known:
-            return name
-        if _LABELED + name in known:
-            return _LABELED + name
-        words = [*known, *(n.removeprefix(_LABELED) for n in known)]
-        listed = ", ".join(known) if known else "none; write one id a line to splits/train.txt"
-        raise DataError(f"{self.root} has no split {name!r}.{did_you_mean(name, words)} Splits there: {listed}")
-
-    def _asked(self, splits: Sequence[str] | None) -> list[str]:
-        if splits is not None:
-            return [self._full_name(name) for name in splits]
-        return [name for name in _SPLITS if name in self._split_files] or [self._full_name("train")]
 
     @cached_property
     def _images(self) -> dict[str, list[str]]:
@@ -193,7 +169,8 @@ class FolderSource(TileSource):
         path = self.root / "georeference.csv"
         return read_georeference(path) if path.exists() else {}
 
-    def _tile(self, tile_id: str, split: str) -> Tile:
+    def tile(self, tile_id: str, split: str) -> Tile:
+        """Return the tile that ``split`` names. Raises ``DataError`` for an id without an image file."""
         files = self._images.get(tile_id)
         if not files:
             raise DataError(
@@ -203,7 +180,7 @@ class FolderSource(TileSource):
         masks = self._masks.get(tile_id)
         return Tile(
             id=tile_id,
-            split="train" if split.startswith(_LABELED) else split,
+            split="train" if split.startswith(LABELED) else split,
             image=self.root / "images" / files[0],
             mask=self.root / "masks" / masks[0] if masks else None,
             georeference=self._georeference.get(tile_id),
@@ -227,73 +204,24 @@ class FolderSource(TileSource):
                 f"({len(bare)} such images); add it, or set 'masks: partial' in dataset.yaml for tiles without labels"
             )
 
-    def _check_splits(self, asked: Sequence[str] | None) -> None:
-        owner: dict[str, str] = {}
-        for name in self.split_names():
-            ids = self.split(name)
-            for tile_id in ids:
-                self._tile(tile_id, name)
-                if name in _SPLITS and owner.setdefault(tile_id, name) != name:
-                    raise DataError(
-                        f"{self.root}: tile id {tile_id!r} is in splits {owner[tile_id]} and {name}; a tile belongs to "
-                        "one of train, val and test"
-                    )
-                if name.startswith(_LABELED) and owner.get(tile_id) != "train":
-                    raise DataError(
-                        f"{self._split_files[name]}: tile {tile_id!r} is not in splits/train.txt; a labelled subset "
-                        "is a part of train"
-                    )
-                used = asked is None or name in asked
-                if name.startswith(_LABELED) and used and tile_id not in self._masks:
-                    raise DataError(f"{self._split_files[name]}: tile {tile_id!r} has no mask masks/{tile_id}.png")
-
     def _check_mask(self, tile: Tile) -> None:
         if tile.mask is None:
             return
         try:
-            image = read_png_header(tile.image)
-        except (PngError, OSError):
+            image = self._rasters.size(tile.image)
+        except (PngError, OSError, DataError):
             return
         try:
-            mask = read_png_header(tile.mask)
+            mask = self._rasters.size(tile.mask)
         except (PngError, OSError) as error:
             raise DataError(f"mask {tile.mask}: {error}") from None
-        if (image.width, image.height) != (mask.width, mask.height):
+        if image != mask:
             raise DataError(
-                f"mask {tile.mask} is {mask.width} x {mask.height} px, its image {tile.image.name} "
-                f"{image.width} x {image.height} px; they have to be the same"
+                f"mask {tile.mask} is {mask[0]} x {mask[1]} px, its image {tile.image.name} "
+                f"{image[0]} x {image[1]} px; they have to be the same"
             )
-        if self._has_tile_size(image):
+        if image == (self.tile_px, self.tile_px):
             self.read_mask(tile)
-
-
-def _read_ids(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); write one tile id a line, as UTF-8 text") from None
-    ids = [line.strip() for line in lines if line.strip()]
-    if not ids:
-        raise DataError(f"{path}: the split is empty; write one tile id a line, or delete the file")
-    for tile_id in ids:
-        if not _ID.fullmatch(tile_id):
-            raise DataError(
-                f"{path}: {tile_id!r} cannot be a tile id; use letters, digits, '_', '.' and '-' (no leading dot, no "
-                "folder, no suffix is needed)"
-            )
-    twice = _first_repeated(ids)
-    if twice is not None:
-        raise DataError(f"{path}: tile id {twice!r} stands twice; keep one")
-    return ids
-
-
-def _first_repeated(words: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    for word in words:
-        if word in seen:
-            return word
-        seen.add(word)
-    return None
 
 
 def _list_files(folder: Path) -> dict[str, list[str]]:

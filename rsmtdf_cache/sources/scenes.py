@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rsmtdf_cache.errors import DataError
+from rsmtdf_cache.sources.csv_table import read_table, write_table
 
 __all__ = ["DOMAINS", "SCENES", "SceneCell", "read_domains", "read_scenes", "write_domains", "write_scenes"]
 
 SCENES = "scenes.csv"
 DOMAINS = "domains.csv"
 _SCENE_COLUMNS = ("id", "scene", "row", "column")
+_LABELED = "labeled"
 _DOMAIN_COLUMNS = ("id", "domain")
 
 
 @dataclass(frozen=True)
 class SceneCell:
-    """Where a tile was cut: the scene, and the row and column of its first pixel there."""
+    """Where a tile was cut: the scene, and the row and column of its first pixel there.
+
+    ``labeled``: the share of its pixels that have a label; None where that was not written down.
+    """
 
     scene: str
     row_px: int
     column_px: int
+    labeled: float | None = None
 
 
 def read_scenes(root: Path) -> dict[str, SceneCell]:
@@ -32,17 +37,26 @@ def read_scenes(root: Path) -> dict[str, SceneCell]:
     Raises ``DataError`` naming the line for a missing column, a row that is no number, an id that stands twice.
     """
     found: dict[str, SceneCell] = {}
-    for where, (tile_id, scene, row, column) in _rows(root / SCENES, _SCENE_COLUMNS).items():
+    for where, line in read_table(root / SCENES, _SCENE_COLUMNS, [_LABELED]).items():
         try:
-            found[tile_id] = SceneCell(scene, int(row), int(column))
+            share = float(line[_LABELED]) if line[_LABELED] else None
+            found[line["id"]] = SceneCell(line["scene"], int(line["row"]), int(line["column"]), share)
         except ValueError:
-            raise DataError(f"{where}: row and column have to be whole pixels, found {row!r}, {column!r}") from None
+            raise DataError(
+                f"{where}: row and column have to be whole pixels, labeled a number; found {line['row']!r}, "
+                f"{line['column']!r}, {line[_LABELED]!r}"
+            ) from None
     return found
 
 
 def write_scenes(root: Path, cells: Mapping[str, SceneCell]) -> None:
     """Write ``scenes.csv`` of the dataset ``root``, in the order of ``cells``."""
-    _write(root / SCENES, _SCENE_COLUMNS, [(i, c.scene, c.row_px, c.column_px) for i, c in cells.items()])
+    with_share = any(c.labeled is not None for c in cells.values())
+    columns = (*_SCENE_COLUMNS, *([_LABELED] if with_share else []))
+    lines = [
+        (i, c.scene, c.row_px, c.column_px, "" if c.labeled is None else f"{c.labeled:.6f}") for i, c in cells.items()
+    ]
+    write_table(root / SCENES, columns, [line[: len(columns)] for line in lines])
 
 
 def read_domains(root: Path) -> dict[str, str]:
@@ -50,39 +64,9 @@ def read_domains(root: Path) -> dict[str, str]:
 
     Raises ``DataError`` as ``read_scenes`` does.
     """
-    return dict(_rows(root / DOMAINS, _DOMAIN_COLUMNS).values())  # type: ignore[arg-type]  # pairs, by the columns
+    return {line["id"]: line["domain"] for line in read_table(root / DOMAINS, _DOMAIN_COLUMNS).values()}
 
 
 def write_domains(root: Path, domains: Mapping[str, str]) -> None:
     """Write ``domains.csv`` of the dataset ``root``, in the order of ``domains``."""
-    _write(root / DOMAINS, _DOMAIN_COLUMNS, list(domains.items()))
-
-
-def _rows(path: Path, columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Return the values of ``columns`` by what a message calls the line."""
-    if not path.exists():
-        return {}
-    try:
-        reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); write it as UTF-8 text or delete it") from None
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
-    if missing:
-        raise DataError(f"{path}: no column {', '.join(missing)}; the first line has to be {','.join(columns)}")
-    found: dict[str, tuple[str, ...]] = {}
-    ids: set[str] = set()
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        values = tuple(row[name] or "" for name in columns)
-        if not all(values) or values[0] in ids:
-            raise DataError(f"{where}: {'an id stands twice' if values[0] in ids else 'a value is missing'}: {values}")
-        ids.add(values[0])
-        found[where] = values
-    return found
-
-
-def _write(path: Path, columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+    write_table(root / DOMAINS, _DOMAIN_COLUMNS, list(domains.items()))

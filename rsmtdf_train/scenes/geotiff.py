@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from rsmtdf_cache.errors import ResourceError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
 from rsmtdf_cache.files import disk_errors, fsync_folder, rename_file
+from rsmtdf_cache.rasters.scene import Scene
 from rsmtdf_cache.sources.base import ClassInfo
 from rsmtdf_train.scenes.pieces import Pieces, workroom
-from rsmtdf_train.scenes.raster import Scene
 from rsmtdf_train.scenes.windows import BLOCK_PX, Grid
 
 __all__ = ["LEVELS", "Layer", "NODATA", "REQUEST_TAG", "recorded_request", "write_layers"]

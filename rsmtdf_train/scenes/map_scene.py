@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from rsmtdf_cache.errors import ResourceError, RsmtdfError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import build_lock, make_folders, require_space
+from rsmtdf_cache.rasters.gdal import gdal_settings
+from rsmtdf_cache.rasters.scene import Scene, open_scene
 from rsmtdf_train.scenes.blend import BandBuffer, window_probabilities, windows_at_once
 from rsmtdf_train.scenes.geotiff import LEVELS, NODATA, REQUEST_TAG, recorded_request, write_layers
 from rsmtdf_train.scenes.pieces import Pieces, workroom
-from rsmtdf_train.scenes.raster import Scene, gdal_settings, open_scene
 from rsmtdf_train.scenes.request import (
     BUFFER_NBYTES,
     MapPlan,
@@ -52,7 +53,7 @@ class MapReport:
 
 def describe_map(segmenter: Segmenter, request: MapRequest, on_event: EventSink = ignore_events) -> MapPlan:
     """Return what the map would take. The scene is opened and checked as for the map; nothing is written."""
-    with gdal_settings(), open_scene(request.scene, request.bands, request.scale) as scene:
+    with gdal_settings(), open_scene(request.scene, request.bands, request.scale, segmenter.identity.pixels) as scene:
         plan = plan_map(segmenter, request, scene)
         scene.require_whole()
         _warn(scene, on_event)
@@ -73,7 +74,7 @@ def map_scene(
     cannot be used, ``UsageError`` for a request that cannot be met or a file in its place, ``MismatchError`` for the
     unfinished map of another request.
     """
-    with gdal_settings(), open_scene(request.scene, request.bands, request.scale) as scene:
+    with gdal_settings(), open_scene(request.scene, request.bands, request.scale, segmenter.identity.pixels) as scene:
         plan = plan_map(segmenter, request, scene, budget_nbytes)
         scene.require_whole()
         _warn(scene, on_event)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rsmtdf_cache.errors import UsageError
+from rsmtdf_cache.rasters.gdal import GDAL_CACHE_MB
+from rsmtdf_cache.rasters.scaling import Scale, scale_text
+from rsmtdf_cache.rasters.scene import Scene
 from rsmtdf_cache.specs import digest_of
 from rsmtdf_train.checkpoint import RunIdentity
 from rsmtdf_train.fused_student import FusedStudent
 from rsmtdf_train.scenes.geotiff import NODATA, REQUEST_TAG, Layer
-from rsmtdf_train.scenes.raster import GDAL_CACHE_MB, Scene
 from rsmtdf_train.scenes.windows import BLOCK_PX, Grid, lay_windows
 
 __all__ = ["BUFFER_NBYTES", "MapPlan", "MapRequest", "Segmenter", "map_state", "map_tags", "plan_map"]
@@ -34,14 +36,14 @@ class Segmenter:
 class MapRequest:
     """One scene, and the map that is to be made of it. None: the default that ``plan_map`` finds.
 
-    ``bands``: three numbers from 1. ``scale``: values that are black and white. ``window_px``, ``overlap_px``:
+    ``bands``: three numbers from 1. ``scale``: values that are black and white, by band. ``window_px``, ``overlap_px``:
     multiples of the student's stride. ``probabilities``, ``confidence``: further files. ``tta``: mean over eight turns.
     """
 
     scene: Path
     out: Path
     bands: tuple[int, ...] | None = None
-    scale: tuple[float, float] | None = None
+    scale: Scale | None = None
     window_px: int | None = None
     overlap_px: int | None = None
     probabilities: Path | None = None
@@ -130,7 +132,7 @@ def map_state(segmenter: Segmenter, request: MapRequest, scene: Scene, plan: Map
             "width": scene.width, "height": scene.height,
         },
         "bands": list(scene.bands),
-        "scale": list(scene.scale),
+        "scale": [list(pair) for pair in scene.scale],
         "window_px": plan.grid.window_px,
         "overlap_px": plan.grid.overlap_px,
         "tta": request.tta,
@@ -149,7 +151,7 @@ def _tags(segmenter: Segmenter, request: MapRequest, scene: Scene, plan: MapPlan
     yield "RSMTDF_STUDENT", segmenter.digest
     yield "RSMTDF_SCENE", scene.path.name
     yield "RSMTDF_BANDS", ",".join(map(str, scene.bands))
-    yield "RSMTDF_SCALE", ",".join(f"{v:.17g}" for v in scene.scale)
+    yield "RSMTDF_SCALE", scale_text(scene.scale)
     yield "RSMTDF_WINDOW", str(plan.grid.window_px)
     yield "RSMTDF_OVERLAP", str(plan.grid.overlap_px)
     yield "RSMTDF_TTA", "yes" if request.tta else "no"

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from rasterio.enums import ColorInterp
 
 from rsmtdf_cache.errors import DataError, UsageError
+from rsmtdf_cache.rasters.gdal import gdal_settings
+from rsmtdf_cache.rasters.scaling import EIGHT_BIT
+from rsmtdf_cache.rasters.scene import open_scene
 from rsmtdf_train.scenes.map_scene import MapReport, blended_rows, map_scene
-from rsmtdf_train.scenes.raster import gdal_settings, open_scene
 from rsmtdf_train.scenes.request import MapRequest, Segmenter, plan_map
 from tests.scenes import blobs, local_segmenter, write_scene
 
@@ -158,7 +160,7 @@ def test_alpha_mask_no_data_and_nan_become_no_data_and_the_rest_is_segmented(tmp
         "outside": write_scene(tmp_path / "outside.tif", np.where(hole, -9999, pixels.astype(np.int16)), nodata=-9999),
     }
     for name, scene in scenes.items():
-        scale = None if name in ("alpha", "masked", "nodata") else (0.0, 255.0)
+        scale = None if name in ("alpha", "masked", "nodata") else EIGHT_BIT
         report = made(segmenter, scene, f"{name}_map.tif", scale=scale)
         assert (values(report.files["classes"]) == expected).all(), name
         assert report.nodata == pytest.approx(hole.mean())
@@ -169,7 +171,7 @@ def test_alpha_mask_no_data_and_nan_become_no_data_and_the_rest_is_segmented(tmp
 def test_a_number_for_no_data_outside_the_range_counts_in_any_band(tmp_path: Path) -> None:
     pixels = blobs(40, 40).astype(np.int16)
     pixels[1, 5:9, 5:9] = -9999
-    report = made(local_segmenter(), write_scene(tmp_path / "s.tif", pixels, nodata=-9999), scale=(0.0, 255.0))
+    report = made(local_segmenter(), write_scene(tmp_path / "s.tif", pixels, nodata=-9999), scale=EIGHT_BIT)
     hole = np.zeros((40, 40), bool)
     hole[5:9, 5:9] = True
     assert ((values(report.files["classes"]) == 255) == hole).all()
@@ -191,13 +193,13 @@ def test_a_range_of_other_values_gives_the_8_bit_pixels_and_is_kept_in_the_map(
         ))  # fmt: skip
     raw = (raw.round() if np.dtype(dtype).kind in "iu" else raw).astype(dtype)
     path = write_scene(tmp_path / "s.tif", raw)
-    with gdal_settings(), open_scene(path, scale=(low, high)) as scene:
+    with gdal_settings(), open_scene(path, scale=((low, high),) * 3) as scene:
         found, valid = scene.read(0, 40, 0, 50)
     expected = pixels.copy()
     if dtype != "uint8":
         expected[:, :2] = 255
     assert (found == expected).all() and valid.all()
-    report = made(local_segmenter(), path, scale=(low, high))
+    report = made(local_segmenter(), path, scale=((low, high),) * 3)
     with rasterio.open(report.files["classes"]) as file:
         assert [float(v) for v in file.tags()["RSMTDF_SCALE"].split(",")] == [low, high]
 

@@ -523,7 +523,7 @@ def test_equal_images_in_two_splits_are_listed_but_not_plain_ones(tmp_path: Path
     [
         ("id,scene,row\n", "no column column"),
         ("id,scene,row,column\na,s,0,x\n", "line 2: row and column have to be whole pixels"),
-        ("id,scene,row,column\na,s,0,0\na,s,0,1\n", "line 3: an id stands twice"),
+        ("id,scene,row,column\na,s,0,0\na,s,0,1\n", "line 3: id 'a' stands twice"),
         ("id,scene,row,column\na,,0,0\n", "line 2: a value is missing"),
     ],
 )

@@ -59,7 +59,7 @@ def test_a_changed_image_is_decoded_again_and_a_touched_one_is_not(data: Path) -
 
 def test_a_damaged_cache_is_as_good_as_none(data: Path) -> None:
     first, _ = indexed(data)
-    path = TileDigests(data, 32).path
+    path = TileDigests(open_source(data)).path
     path.write_bytes(path.read_bytes()[:-20])
     second, decoded = indexed(data)
     assert second == first and len(decoded) == 6

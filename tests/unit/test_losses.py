@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from rsmtdf_cache.errors import DataError, UsageError
-from rsmtdf_cache.sources.folder import FolderSource
+from rsmtdf_cache.sources import open_source
 from rsmtdf_train.label_counts import count_labels
 from rsmtdf_train.losses import (
     SupervisedLoss,
@@ -279,7 +279,7 @@ def test_class_weights_follow_the_recipe_or_are_refused() -> None:
 
 
 def test_labels_are_counted_over_the_named_tiles(tmp_path: Path) -> None:
-    source = FolderSource(write_dataset(tmp_path / "d", tiles=6, tile_px=16, classes=3))
+    source = open_source(write_dataset(tmp_path / "d", tiles=6, tile_px=16, classes=3))
     path = tmp_path / "d" / "masks" / "t001.png"
     mask = np.asarray(Image.open(path)).copy()
     mask[:4] = IGNORE

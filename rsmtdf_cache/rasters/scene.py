@@ -8,7 +8,6 @@ them, or one where that value lies outside the range (then it cannot be a dark o
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,36 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import DataError, UsageError
+from rsmtdf_cache.rasters.gdal import reason_of
+from rsmtdf_cache.rasters.scaling import EIGHT_BIT, PixelRule, Scale, percentile_scale, scale_text, to_8_bit
 
-__all__ = ["GDAL_CACHE_MB", "Scene", "gdal_settings", "has_place", "open_scene"]
+__all__ = ["Scene", "open_scene"]
 
-#: Megabytes of decoded blocks that GDAL keeps. Its own default is a twentieth of the machine's memory.
-GDAL_CACHE_MB = 64
 _SUGGEST_PX = 512
 _PERCENTILES = (2, 98)
-
-
-@contextmanager
-def gdal_settings() -> Iterator[None]:
-    """Hold GDAL to a bounded cache of decoded blocks; what lacks a georeference is told in our own words."""
-    import rasterio
-    from rasterio.errors import NotGeoreferencedWarning
-
-    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        yield
-
-
-def has_place(path: Path) -> bool:
-    """Return whether GDAL can open ``path`` and it has a CRS."""
-    import rasterio
-    from rasterio.errors import RasterioError
-
-    try:
-        with gdal_settings(), rasterio.open(path) as dataset:
-            return dataset.crs is not None
-    except RasterioError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -64,7 +40,7 @@ class Scene:
     height: int
     bands: tuple[int, int, int]
     dtype: str
-    scale: tuple[float, float]
+    scale: Scale
     crs: str | None
     affine: tuple[float, float, float, float, float, float] | None
     nodata: tuple[float | None, ...]
@@ -73,6 +49,23 @@ class Scene:
     _dataset: Any = field(repr=False, compare=False)
     _alpha: int | None = None
     _masked: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of bands in the file, alpha included."""
+        return int(self._dataset.count)
+
+    def waste(self, side_px: int) -> float:
+        """Return how many pixels are decoded for each pixel of a window of ``side_px``, as the file is stored."""
+        height, width = self._dataset.block_shapes[self.bands[0] - 1]
+        rows, columns = (-(-side_px // size) * size for size in (height, width))
+        side = min(side_px, self.height) * min(side_px, self.width)
+        return float(min(rows, self.height) * min(columns, self.width) / side)
+
+    @property
+    def dataset_crs(self) -> Any:
+        """The CRS as rasterio has it, or None."""
+        return self._dataset.crs
 
     @property
     def crs_name(self) -> str | None:
@@ -87,85 +80,96 @@ class Scene:
         without data are black. Raises ``DataError`` for a file that is damaged there.
         """
         height, width = min(y1, self.height) - y0, min(x1, self.width) - x0
-        pixels, valid = self._read(y0, x0, height, width)
+        pixels, valid = self.read_inside(y0, x0, height, width)
         below, right = y1 - y0 - height, x1 - x0 - width
         if below or right:
             pixels = np.pad(pixels, ((0, 0), (0, below), (0, right)), mode="edge")
             valid = np.pad(valid, ((0, below), (0, right)), mode="edge")
         return pixels, valid
 
-    def _read(self, y: int, x: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    def read_inside(self, y: int, x: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Return what ``read`` does, of a box inside the scene."""
+        raw, valid = self.read_raw(y, x, height, width)
+        valid &= ~self._without_data(raw)
+        pixels = np.stack([to_8_bit(band, limits) for band, limits in zip(raw, self.scale, strict=True)])
+        pixels[:, ~valid] = 0
+        return pixels, valid
+
+    @property
+    def may_lack_data(self) -> bool:
+        """Whether there can be pixels without data."""
+        declared = all(value is not None for value in self.nodata)
+        return self._alpha is not None or self._masked or declared or np.dtype(self.dtype).kind == "f"
+
+    def _unmasked(self, window: Any) -> NDArray[np.bool_]:
+        """Return ``[h, w]``: where neither alpha nor a mask says that there is no data."""
+        valid = np.ones((int(window.height), int(window.width)), bool)
+        if self._alpha is not None:
+            valid &= self._dataset.read(self._alpha, window=window) > 0
+        if self._masked:
+            valid &= self._dataset.read_masks(self.bands[0], window=window) > 0
+        return valid
+
+    def read_raw(self, y: int, x: int, height: int, width: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Return the values of a box inside the scene as the file has them, ``[3, h, w]``, and what is not masked.
+
+        Values that mean no data are not looked for. Raises ``DataError`` as ``read`` does.
+        """
         from rasterio.errors import RasterioError
         from rasterio.windows import Window
 
         window = Window(x, y, width, height)
         try:
             raw = self._dataset.read(list(self.bands), window=window)
-            valid = np.ones((height, width), bool)
-            if self._alpha is not None:
-                valid &= self._dataset.read(self._alpha, window=window) > 0
-            if self._masked:
-                valid &= self._dataset.read_masks(self.bands[0], window=window) > 0
+            valid = self._unmasked(window)
         except RasterioError as error:
             raise DataError(
                 f"scene {self.path}: cannot be read at rows {y} to {y + height}, columns {x} to {x + width} "
-                f"({_reason(error)}); the file is damaged or cut short, copy it again"
+                f"({reason_of(error)}); the file is damaged or cut short, copy it again"
             ) from None
-        valid &= ~self._without_data(raw)
-        pixels = np.stack([_to_8_bit(band, self.scale) for band in raw])
-        pixels[:, ~valid] = 0
-        return pixels, valid
+        return raw, valid
 
     def _without_data(self, raw: NDArray[Any]) -> NDArray[np.bool_]:
         """Return ``[h, w]``: where bands ``[3, h, w]`` hold no data."""
         missing = np.zeros(raw.shape[1:], bool)
         if all(value is not None and not math.isnan(value) for value in self.nodata):
-            low, high = self.scale
             empty = [band == value for band, value in zip(raw, self.nodata, strict=True)]
-            outside = any(not low <= value <= high for value in self.nodata if value is not None)
+            pairs = zip(self.nodata, self.scale, strict=True)
+            outside = any(not low <= value <= high for value, (low, high) in pairs if value is not None)
             missing |= np.logical_or.reduce(empty) if outside else np.logical_and.reduce(empty)
         if raw.dtype.kind == "f":
             missing |= ~np.isfinite(raw).all(axis=0)
         return missing
+
+    def values_with_data(
+        self, raw_3HW: NDArray[Any], valid_HW: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Return the values of each band where there is data: ``raw`` is as the file has it, ``[3, h, w]``."""
+        everything = (-math.inf, math.inf)
+        valid = ~replace(self, scale=(everything,) * 3)._without_data(raw_3HW)
+        if valid_HW is not None:
+            valid &= valid_HW
+        red, green, blue = (band[valid] for band in raw_3HW)
+        return red, green, blue
 
     def require_whole(self) -> None:
         """Read corners and centre: a file that was cut short shows here, before hours of work. Raises ``DataError``."""
         rows, columns = ({0, size // 2, size - 1} for size in (self.height, self.width))
         for y in sorted(rows):
             for x in sorted(columns):
-                self._read(y, x, 1, 1)
-
-
-def _to_8_bit(band: NDArray[Any], scale: tuple[float, float]) -> NDArray[np.uint8]:
-    """Return ``(value - low) / (high - low)`` in 255ths, rounded, cut at 0 and 255; what is not finite becomes 0."""
-    low, high = scale
-    if band.dtype == np.uint8 and (low, high) == (0.0, 255.0):
-        return np.asarray(band)
-    if band.dtype.itemsize <= 2 and band.dtype.kind in "iu":  # a table is as exact and faster
-        info = np.iinfo(band.dtype)
-        values = np.arange(int(info.min), int(info.max) + 1, dtype=np.float64)
-        table = _scaled(values, low, high)
-        index = band.astype(np.int32) - int(info.min)
-        return np.asarray(table[index])
-    return _scaled(band, low, high)
-
-
-def _scaled(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
-    with np.errstate(invalid="ignore", over="ignore"):
-        level = np.clip((values - low) * (255 / (high - low)), 0, 255)
-        level = np.where(np.isfinite(level), level, 0)
-        return np.asarray((level + 0.5).astype(np.uint8))
+                self.read_inside(y, x, 1, 1)
 
 
 @contextmanager
 def open_scene(
-    path: Path, bands: Sequence[int] | None = None, scale: tuple[float, float] | None = None
+    path: Path, bands: Sequence[int] | None = None, scale: Scale | None = None, learned: PixelRule | None = None
 ) -> Iterator[Scene]:
     """Yield the scene in ``path``; inside ``gdal_settings``.
 
-    ``bands``: three numbers from 1; default: those that the file calls red, green and blue, else 1, 2, 3. ``scale``:
-    the values that become black and white; 8-bit bands need none. Raises ``DataError`` for a file that cannot be used,
-    ``UsageError`` for bands it does not have and for a missing or empty range.
+    ``bands``: three numbers from 1; default: those of ``learned``, else those that the file calls red, green and blue,
+    else 1, 2, 3. ``scale``: the values that become black and white; default: that of ``learned``, which is for one type
+    of values; else 8-bit bands need none. ``learned``: how the tiles that a student learned from were made. Raises
+    ``DataError`` for a file that cannot be used, ``UsageError`` for bands it does not have and for a missing range.
     """
     import rasterio
     from rasterio.errors import RasterioError
@@ -176,13 +180,15 @@ def open_scene(
         dataset = rasterio.open(path)
     except RasterioError as error:
         raise DataError(
-            f"scene {path}: GDAL cannot open it ({_reason(error)}); give a whole GeoTIFF or another raster it knows"
+            f"scene {path}: GDAL cannot open it ({reason_of(error)}); give a whole GeoTIFF or another raster it knows"
         ) from None
     with dataset:
-        yield _described(path, dataset, bands, scale)
+        yield _described(path, dataset, bands, scale, learned)
 
 
-def _described(path: Path, dataset: Any, bands: Sequence[int] | None, scale: tuple[float, float] | None) -> Scene:
+def _described(
+    path: Path, dataset: Any, bands: Sequence[int] | None, scale: Scale | None, learned: PixelRule | None
+) -> Scene:
     from rasterio.enums import ColorInterp, MaskFlags
 
     affine = None if dataset.transform.is_identity else tuple(dataset.transform)[:6]
@@ -193,7 +199,7 @@ def _described(path: Path, dataset: Any, bands: Sequence[int] | None, scale: tup
             f"such as with gdalwarp {path.name} rectified.tif"
         )
     alpha = [n for n, c in enumerate(dataset.colorinterp, 1) if c is ColorInterp.alpha]
-    chosen = _bands(path, dataset, bands, alpha)
+    chosen = _bands(path, dataset, bands if bands is not None or learned is None else learned.bands, alpha)
     dtypes = {dataset.dtypes[n - 1] for n in chosen}
     dtype = dtypes.pop()
     if dtypes or np.dtype(dtype).kind not in "iuf":
@@ -209,7 +215,7 @@ def _described(path: Path, dataset: Any, bands: Sequence[int] | None, scale: tup
         height=dataset.height,
         bands=chosen,
         dtype=dtype,
-        scale=(0.0, 255.0),
+        scale=EIGHT_BIT,
         crs=dataset.crs.to_wkt() if dataset.crs is not None else None,
         affine=affine,
         nodata=tuple(dataset.nodatavals[n - 1] for n in chosen),
@@ -219,8 +225,7 @@ def _described(path: Path, dataset: Any, bands: Sequence[int] | None, scale: tup
         _alpha=alpha[0] if alpha else None,
         _masked=MaskFlags.per_dataset in dataset.mask_flag_enums[chosen[0] - 1] and not alpha,
     )
-    found_scale = _scale(scene, scale)
-    return replace(scene, scale=found_scale)
+    return replace(scene, scale=_scale(scene, scale, learned))
 
 
 def _bands(path: Path, dataset: Any, asked: Sequence[int] | None, alpha: list[int]) -> tuple[int, int, int]:
@@ -250,17 +255,21 @@ def _bands(path: Path, dataset: Any, asked: Sequence[int] | None, alpha: list[in
     return red, green, blue
 
 
-def _scale(scene: Scene, asked: tuple[float, float] | None) -> tuple[float, float]:
+def _scale(scene: Scene, asked: Scale | None, learned: PixelRule | None) -> Scale:
     if asked is not None:
-        low, high = asked
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise UsageError(f"--scale {low:g},{high:g}: give two finite values, the lower one first")
-        return low, high
+        return asked
+    if learned is not None and learned.dtype == scene.dtype:
+        return learned.scale
+    if learned is not None:
+        raise UsageError(
+            f"scene {scene.path}: its values are {scene.dtype}, the student learned from {learned.dtype} with the "
+            f"range {scale_text(learned.scale)}; say with --scale LOW,HIGH which values here mean the same"
+        )
     if scene.dtype == "uint8":
-        return 0.0, 255.0
+        return EIGHT_BIT
     raise UsageError(
         f"scene {scene.path}: its values are {scene.dtype}; say with --scale LOW,HIGH which of them are black and "
-        f"white, the same as for the tiles the student learned from{_suggestion(scene)}"
+        f"white (for a map: as for the tiles that the student learned from){_suggestion(scene)}"
     )
 
 
@@ -273,20 +282,13 @@ def _suggestion(scene: Scene) -> str:
         raw = scene._dataset.read(list(scene.bands), out_shape=(3, *shape))
     except RasterioError:
         return ""
-    open_range = replace(scene, scale=(-math.inf, math.inf))
-    values = raw[:, ~open_range._without_data(raw)].astype(np.float64)
-    if not values.size:
+    values = scene.values_with_data(raw)
+    if not values[0].size:
         return "; this scene, seen small, has no data"
-    low, high = np.percentile(values, _PERCENTILES)
-    advice = f"; the {_PERCENTILES[0]}nd and {_PERCENTILES[1]}th percentiles here are {low:.4g} and {high:.4g}"
-    return advice + (f": --scale {low:.4g},{high:.4g}" if f"{low:.4g}" != f"{high:.4g}" else "")
+    found = percentile_scale([np.concatenate(values)] * 3, _PERCENTILES)
+    name = f"the {_PERCENTILES[0]}nd and {_PERCENTILES[1]}th percentiles here"
+    return f"; {name} are --scale {scale_text(found)}" if found else f"; {name} are the same value"
 
 
 def _list(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
-
-
-def _reason(error: Exception) -> str:
-    """Return what GDAL said, in one line: rasterio keeps it in the cause."""
-    cause = error.__cause__ or error
-    return str(cause).strip().partition("\n")[0] or type(cause).__name__
