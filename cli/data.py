@@ -34,6 +34,9 @@ def _data() -> None:
 @command
 def sample(
     out: Annotated[Path, typer.Option("--out", help="Folder to make; new or empty.")],
+    scenes: Annotated[
+        bool, typer.Option("--scenes", help="Instead of tiles: GeoTIFF scenes with labels, to try `data tile` on.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -41,6 +44,9 @@ def sample(
 
     Nothing is downloaded. The folder appears complete or not at all; running again on it changes nothing.
     """
+    if scenes:
+        _sample_scenes(out, as_json, quiet)
+        return
     from rsmtdf_cache.sources import open_source
     from rsmtdf_cache.sources.landcover import build_sample
     from rsmtdf_cache.sources.survey import survey
@@ -57,6 +63,24 @@ def sample(
     if not built:
         message(f"{out} holds this sample already, complete and unchanged", kind="note")
     _show(source, found)
+
+
+def _sample_scenes(out: Path, as_json: bool, quiet: bool) -> None:
+    from rsmtdf_cache.sources.landcover_scenes import REGIONS, build_scenes
+
+    with progress(quiet) as on_event:
+        built = build_scenes(out, on_event)
+    if as_json:
+        emit_json({"built": built, "path": out, "scenes": sorted(REGIONS)})
+    elif not quiet:
+        if not built:
+            message(f"{out} holds these scenes already", kind="note")
+        console().print(
+            f"{len(REGIONS)} scenes in {out}/images, their labels in {out}/labels, classes in {out}/classes.yaml, one "
+            f"more scene in {out}/new",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 app.command("prepare")(prepare)

@@ -69,7 +69,8 @@ def _look(source: TileSource, tile: Tile, digests: TileDigests) -> TileRecord | 
             return Quarantined(tile.id, error.reason)
         digests.keep(tile, digest)
     place = tile.georeference
-    path = tile.image.relative_to(source.root).as_posix() if tile.image.is_relative_to(source.root) else tile.image.name
+    inside = tile.image.is_relative_to(source.root) and ".." not in tile.image.parts
+    path = tile.image.relative_to(source.root).as_posix() if inside else tile.image.name
     if tile.origin_px is not None:
         path += f"#{tile.origin_px[0]},{tile.origin_px[1]}"
     return TileRecord(tile.id, digest, tile.split, path, place.crs if place else "", place.affine if place else ())

@@ -33,6 +33,7 @@ class LabelRaster:
     _dataset: Any = field(repr=False, compare=False)
     _alpha: int | None = None
     _palette: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
+    _fits: set[tuple[Path, int, int]] = field(default_factory=set, repr=False, compare=False)  # scenes, as they were
 
     def read(self, y: int, x: int, height: int, width: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Return values ``[h, w]`` or colours ``[h, w, 3]`` of a box inside, and where they say something, ``[h, w]``.
@@ -129,6 +130,8 @@ def require_same_grid(scene: Scene, labels: LabelRaster) -> None:
     Sizes have to agree; CRS and corners too where both have them. Nothing is resampled: how classes are put on another
     grid decides what is learned, so the message has the command instead.
     """
+    if (scene.path, scene.nbytes, scene.mtime_ns) in labels._fits:
+        return
     dataset = labels._dataset
     where = f"labels {labels.path} and scene {scene.path}"
     here, there = scene.crs_name, None if dataset.crs is None else str(dataset.crs.to_string())
@@ -148,19 +151,22 @@ def require_same_grid(scene: Scene, labels: LabelRaster) -> None:
         shift = max(_shift(scene, dataset, x, y) for x in (0, scene.width) for y in (0, scene.height))
         if not shift <= _SAME_PX:
             raise DataError(
-                f"{where}: their corners lie up to {shift:.3g} pixels apart; put the labels on the scene's pixels, "
+                f"{where}: their corners lie up to {shift:.6g} pixels apart; put the labels on the scene's pixels, "
                 f"{_warp(scene, labels)}"
             )
+    labels._fits.add((scene.path, scene.nbytes, scene.mtime_ns))
 
 
 def _shift(scene: Scene, dataset: Any, column: int, row: int) -> float:
     """Return how far a pixel corner of the labels is from that of the scene, in pixels of the scene."""
     assert scene.affine is not None
-    from rasterio.transform import Affine
-
-    place = Affine(*scene.affine)
-    x, y = ~place * (dataset.transform * (column, row))
-    return float(max(abs(x - column), abs(y - row)))
+    a, b, c, d, e, f = tuple(dataset.transform)[:6]
+    x, y = a * column + b * row + c, d * column + e * row + f
+    a, b, c, d, e, f = scene.affine
+    if a * e == b * d:
+        return float("nan")
+    u, v = (e * (x - c) - b * (y - f)) / (a * e - b * d), (a * (y - f) - d * (x - c)) / (a * e - b * d)
+    return float(max(abs(u - column), abs(v - row)))
 
 
 def _warp(scene: Scene, labels: LabelRaster) -> str:

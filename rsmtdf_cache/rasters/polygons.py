@@ -50,10 +50,11 @@ class Polygons:
         from rasterio.transform import Affine, array_bounds
 
         y, x, height, width = box
-        place = Affine(*self._affine) * Affine.translation(x, y)
+        a, b, c, d, e, f = self._affine
+        place = Affine(a, b, a * x + b * y + c, d, e, d * x + e * y + f)
         left, bottom, right, top = array_bounds(height, width, place)
-        b = self.bounds
-        touching = np.flatnonzero((b[:, 0] < right) & (b[:, 2] > left) & (b[:, 1] < top) & (b[:, 3] > bottom))
+        xs, ys = self.bounds[:, 0::2], self.bounds[:, 1::2]
+        touching = np.flatnonzero((xs[:, 0] < right) & (xs[:, 1] > left) & (ys[:, 0] < top) & (ys[:, 1] > bottom))
         if not touching.size:
             return np.full((height, width), outside, np.uint8)
         shapes = [(self._shapes[n], numbers[self.values[n]]) for n in touching]

@@ -125,7 +125,7 @@ def label_numbers(
     wanted: tuple[type, ...] = {"values": (int,), "colors": (tuple,), "polygons": (int, str)}[labels.kind]
     shown = {"values": "a number", "colors": "a colour [r, g, b]", "polygons": "a number or a text"}[labels.kind]
     bare = [c.name for c in classes if c.values is None]
-    if bare and len(bare) < len(classes):
+    if labels.kind == "values" and bare and len(bare) < len(classes):
         raise ValueError(f"classes: {bare[0]!r} has no values and others have; give them to all classes, or to none")
     found: dict[int | str | tuple[int, int, int], int] = {}
     if labels.kind == "values":

@@ -29,7 +29,18 @@ from rsmtdf_cache.sources.base import Georeference
 from rsmtdf_cache.sources.georeference import write_georeference
 from rsmtdf_cache.specs import canonical_json, digest_of
 
-__all__ = ["CLASSES", "RASTER_FOLDER", "RASTER_SHA256", "WindowTile", "build_sample", "label_cells", "split_of_column"]
+__all__ = [
+    "ATTRIBUTION",
+    "CLASSES",
+    "RASTER_FOLDER",
+    "RASTER_SHA256",
+    "WindowTile",
+    "build_sample",
+    "label_cells",
+    "load_rasters",
+    "recipe_digest",
+    "split_of_column",
+]
 
 RASTER_FOLDER = Path(__file__).parent / "landcover_data"
 _IMAGE_FILE = "blue_marble_5400x2700.jpg"
@@ -65,7 +76,7 @@ _MAX_WHITE, _WHITE_LEVEL = 0.05, 170  # the picture is one month: seasonal snow 
 _SUBSETS = (5, 10, 25)
 _PRESENT = 0.05  # a tile counts as holding a class from this share of its pixels
 
-_ATTRIBUTION = (
+ATTRIBUTION = (
     "Images: NASA Earth Observatory, Blue Marble: Next Generation (R. Stöckli, E. Vermote, N. Saleous, R. Simmon, "
     "D. Herring, 2005). Labels: MODIS/Terra+Aqua Land Cover Type MCD12C1 v006, 2019, IGBP majority class (M. Friedl, "
     "D. Sulla-Menashe; NASA LP DAAC; doi 10.5067/MODIS/MCD12C1.006). Both are in the public domain."
@@ -130,7 +141,7 @@ def build_sample(out: Path, on_event: EventSink = ignore_events, rasters: Path =
     out = out.resolve()
     if _is_there(out):
         return False
-    images, codes = (_load(rasters / name) for name in (_IMAGE_FILE, _LABEL_FILE))
+    images, codes = _load_all(rasters)
     partial = out.parent / f".{out.name}.{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir(parents=True)
@@ -153,7 +164,7 @@ def _is_there(out: Path) -> bool:
     try:
         recorded = json.loads((out / _MARKER).read_text(encoding="utf-8"))
         files: dict[str, str] = recorded["files"]
-        if recorded["recipe"] != _recipe_digest():
+        if recorded["recipe"] != recipe_digest():
             raise MismatchError(f"{out} holds the sample of another version of this package; give another folder")
     except (OSError, ValueError, KeyError, TypeError):
         raise MismatchError(f"{out} is not empty and holds something else; give a new or an empty folder") from None
@@ -168,7 +179,8 @@ def _is_there(out: Path) -> bool:
     return True
 
 
-def _recipe_digest() -> str:
+def recipe_digest() -> str:
+    """Return what decides the sample: another one is that of another version of this package."""
     return digest_of({"recipe": _RECIPE, "rasters": RASTER_SHA256, "classes": CLASSES})
 
 
@@ -183,6 +195,19 @@ def _digests(root: Path) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_rasters() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return the image raster ``[2700, 5400, 3]`` and the label raster ``[3600, 7200]`` (IGBP), both from 180 W, 90 N.
+
+    Raises ``DataError`` when one is missing or damaged, ``ResourceError`` when this Pillow cannot decode it.
+    """
+    images, codes = _load_all(RASTER_FOLDER)
+    return np.asarray(images), np.asarray(codes)
+
+
+def _load_all(rasters: Path) -> tuple[Image.Image, Image.Image]:
+    return _load(rasters / _IMAGE_FILE), _load(rasters / _LABEL_FILE)
 
 
 def _load(path: Path) -> Image.Image:
@@ -231,7 +256,7 @@ def _write(root: Path, images: Image.Image, codes: Image.Image, on_event: EventS
     write_georeference(root / "georeference.csv", {w.id: w.georeference for w in windows})
     _write_texts(root)
     decoder = {"pillow": PIL.__version__, "libjpeg_turbo": features.version("libjpeg_turbo")}
-    marker = {"recipe": _recipe_digest(), "decoder": decoder, "files": _digests(root)}
+    marker = {"recipe": recipe_digest(), "decoder": decoder, "files": _digests(root)}
     (root / _MARKER).write_text(canonical_json(marker) + "\n", encoding="utf-8")
 
 
@@ -296,7 +321,7 @@ def _write_texts(root: Path) -> None:
         "tile_px": TILE_PX,
         "ignore_index": _IGNORE,
         "masks": "complete",
-        "attribution": _ATTRIBUTION,
+        "attribution": ATTRIBUTION,
         "classes": [{"name": name, "color": list(color)} for name, color, _ in CLASSES],
     }
     (root / "dataset.yaml").write_text(yaml.safe_dump(header, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -304,7 +329,7 @@ def _write_texts(root: Path) -> None:
     text = [
         "# Attribution",
         "",
-        _ATTRIBUTION,
+        ATTRIBUTION,
         "",
         "Derived work: windows of 128 x 128 image pixels enlarged twice (bicubic), labels by the nearest cell to each",
         "pixel centre, IGBP classes joined as below (0 is water; wetland 11 and urban 13 are ignored). EPSG:4326.",

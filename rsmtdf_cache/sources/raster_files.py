@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -23,6 +24,7 @@ from rsmtdf_cache.sources.png import read_png_header
 
 __all__ = ["RasterFiles", "gdal_version"]
 
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
 #: Scenes whose polygons are kept in memory.
 _KEPT = 8
 
@@ -162,6 +164,9 @@ class RasterFiles:
         numbers: dict[object, int] = dict(self._numbers.items())
         for value in dict.fromkeys(polygons.values):
             if value in numbers:
+                continue
+            if isinstance(value, str) and _WHOLE.fullmatch(value) and int(value) in numbers:
+                numbers[value] = numbers[int(value)]  # a field of text that holds numbers
                 continue
             if self.labels.unknown == "error" and value is not None:
                 known = ", ".join(repr(v) for v in numbers)

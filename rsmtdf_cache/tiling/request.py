@@ -10,7 +10,7 @@ from rsmtdf_cache.errors import UsageError
 from rsmtdf_cache.prepare.cutting import Cut
 from rsmtdf_cache.rasters.scaling import Scale
 
-__all__ = ["SPLIT_BY", "Held", "TileRequest", "parse_held", "parse_percentiles"]
+__all__ = ["Held", "SPLIT_BY", "TileRequest", "parse_held", "parse_percentiles"]
 
 SPLIT_BY = ("scene", "block")
 

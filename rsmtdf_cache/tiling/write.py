@@ -16,7 +16,7 @@ from rsmtdf_cache.prepare.workplace import is_made, publish, refuse_file, workpl
 from rsmtdf_cache.rasters.gdal import gdal_settings
 from rsmtdf_cache.rasters.label_raster import open_labels
 from rsmtdf_cache.rasters.polygons import is_vector_file
-from rsmtdf_cache.rasters.scaling import EIGHT_BIT
+from rsmtdf_cache.rasters.scaling import EIGHT_BIT, PixelRule
 from rsmtdf_cache.sources.header import DatasetHeader, parse_header
 from rsmtdf_cache.sources.rasters import write_rasters
 from rsmtdf_cache.sources.scenes import SceneCell, write_scenes
@@ -81,7 +81,7 @@ def plan_tiles(request: TileRequest, on_event: EventSink = ignore_events) -> Til
     for name, reason in faults:
         on_event(Warned(f"scene {name!r} is left out: {reason}"))
     usable = [scene for scene in scenes if scene.name not in dict(faults)]
-    pixels = rule.to_json() | ({"scale": None} if rule.scale == EIGHT_BIT else {})
+    pixels = rule.to_json() | ({"scale": None} if rule == PixelRule(rule.bands, EIGHT_BIT, "uint8") else {})
     header = parse_header(_plain(asked) | {"pixels": {k: v for k, v in pixels.items() if v is not None}}, request.out)
     layout = replace(lay_out(usable, request, header, on_event), left_out=tuple(faults))
     if not layout.windows:

@@ -14,7 +14,9 @@ from rsmtdf_cache.index import index_tiles
 from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.tile_digests import TileDigests
 from rsmtdf_cache.tiles import pixel_digest
+from rsmtdf_cache.tiling.write import tile
 from tests.datasets import write_dataset
+from tests.scene_sets import request, write_pair
 
 
 @pytest.fixture
@@ -70,3 +72,15 @@ def test_a_file_that_was_just_written_is_not_trusted_by_its_time(data: Path) -> 
     Image.fromarray(np.full((32, 32, 3), 9, np.uint8)).save(image)
     indexed(data)
     assert "t003" in indexed(data)[1]
+
+
+def test_tiles_of_a_scene_are_told_apart_and_decoded_again_when_the_scene_is_another_file(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    tile(request(tmp_path))
+    image = tmp_path / "images" / "a.tif"
+    os.utime(image, (1_700_000_000, 1_700_000_000))
+    first, decoded = indexed(tmp_path / "set")
+    assert len(first) == len(decoded) == len(set(first.values())) == 35
+    assert indexed(tmp_path / "set") == (first, [])
+    os.utime(image, (1_700_000_500, 1_700_000_500))
+    assert indexed(tmp_path / "set") == (first, decoded)
