@@ -29,7 +29,18 @@ if TYPE_CHECKING:
 
     from rsmtdf_cache.events import Event, EventSink
 
-__all__ = ["JsonOption", "QuietOption", "command", "console", "emit_json", "guard", "message", "new_app", "progress"]
+__all__ = [
+    "JsonOption",
+    "QuietOption",
+    "command",
+    "console",
+    "emit_json",
+    "guard",
+    "json_text",
+    "message",
+    "new_app",
+    "progress",
+]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 QuietOption = Annotated[
@@ -196,8 +207,13 @@ def console(stderr: bool = False) -> Console:
 
 
 def emit_json(result: object) -> None:
-    """Print ``result`` on stdout as strict JSON: NaN and infinities become null, paths text, models their data."""
-    typer.echo(json.dumps(_plain(result), indent=2, allow_nan=False, ensure_ascii=False))
+    """Print ``json_text(result)`` on stdout."""
+    typer.echo(json_text(result))
+
+
+def json_text(result: object) -> str:
+    """Return ``result`` as strict JSON: NaN and infinities become null, paths text, models their data."""
+    return json.dumps(_plain(result), indent=2, allow_nan=False, ensure_ascii=False)
 
 
 def _plain(value: Any) -> Any:

@@ -79,7 +79,8 @@ def train(
     continues reads the snapshot it began with, also when the store has grown since.
     """
     from rsmtdf_cache.errors import UsageError
-    from rsmtdf_cli.training import one_voice, show_metrics, training_progress
+    from rsmtdf_cli.score_tables import show_metrics
+    from rsmtdf_cli.training import one_voice, training_progress
     from rsmtdf_train.recipe import load_recipe
 
     asked = load_recipe(recipe, set_ or [])

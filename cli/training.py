@@ -1,11 +1,11 @@
-"""What ``train`` and ``eval`` show: a live table of losses, a table of scores."""
+"""What ``train`` shows while it runs: a live table of losses."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rsmtdf_cache.events import Event
     from rsmtdf_train.logs import StepLogged
 
-__all__ = ["one_voice", "show_metrics", "training_progress"]
+__all__ = ["one_voice", "training_progress"]
 
 #: Smoothing of the numbers that are shown; the log holds them as they are.
 _MEMORY = 0.9
@@ -123,36 +123,3 @@ class _LiveLosses:
             if name != "seconds":
                 table.add_row(name, f"{value:.4g}", f"{self.smooth[name]:.4g}")
         return table
-
-
-def show_metrics(metrics: dict[str, Any], without: Sequence[str] = ()) -> None:
-    """Print the scores of ``metrics.json`` data as a table on stdout: one row per class, one group per checkpoint."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    kinds = list(metrics["scores"])
-    table = Table(title=f"{escape(metrics['name'])}: {metrics['split']} tiles, percent", title_justify="left")
-    table.add_column("class", no_wrap=True)
-    for kind in kinds:
-        for name in ("IoU", "F1", "accuracy"):
-            table.add_column(f"{kind} {name}", justify="right")
-    table.add_column("pixels", justify="right")
-    first = metrics["scores"][kinds[0]]["classes"]
-    for i, entry in enumerate(first):
-        cells = []
-        for kind in kinds:
-            row = metrics["scores"][kind]["classes"][i]
-            cells += [_percent(row[k]) for k in ("iou", "f1", "accuracy")]
-        table.add_row(escape(entry["name"]), *cells, f"{entry['pixels']:,}", end_section=i == len(first) - 1)
-    means = [_percent(metrics["scores"][k][m]) for k in kinds for m in ("miou", "mf1", "macc")]
-    table.add_row("mean", *means, f"{sum(e['pixels'] for e in first):,}", style="bold")
-    overall = [c for k in kinds for c in ("", "", _percent(metrics["scores"][k]["pixel_accuracy"]))]
-    table.add_row("all pixels", *overall, "")
-    console().print(table)
-    for kind in kinds if without else ():
-        value = _percent(metrics["scores"][kind]["miou_without"])
-        console().print(f"mean IoU without {', '.join(without)}: {kind} {value}", markup=False, soft_wrap=True)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2f}"

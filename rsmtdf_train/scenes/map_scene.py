@@ -29,7 +29,7 @@ from rsmtdf_train.scenes.request import (
     map_tags,
     plan_map,
 )
-from rsmtdf_train.scenes.windows import BLOCK_PX, Strip
+from rsmtdf_train.scenes.windows import BLOCK_PX, Grid, Strip
 
 __all__ = ["MapReport", "blended_rows", "describe_map", "map_scene"]
 
@@ -179,7 +179,7 @@ def _segment(
             continue
         planes = np.empty((plan.planes, pieces.rows(block), strip.width), np.uint8)
         filled = 0
-        finished = blended_rows(segmenter, scene, plan, strip, block * BLOCK_PX, request.tta, device)
+        finished = blended_rows(segmenter, scene, plan.grid, strip, block * BLOCK_PX, request.tta, device)
         with closing(finished):  # its reader ends before the scene is closed, whatever ends this
             for probabilities, valid in finished:
                 rows = _planes(probabilities, valid, with_confidence, with_all)
@@ -196,14 +196,14 @@ def _segment(
 
 
 def blended_rows(
-    segmenter: Segmenter, scene: Scene, plan: MapPlan, strip: Strip, y0: int, tta: bool, device: torch.device
+    segmenter: Segmenter, scene: Scene, grid: Grid, strip: Strip, y0: int, tta: bool, device: torch.device
 ) -> Generator[tuple[NDArray[np.float32], NDArray[np.bool_]], None, None]:
     """Yield probabilities ``[C, n, width]`` and which pixels hold data ``[n, width]``, of the strip's rows from ``y0``.
 
     Probabilities are views of a buffer: use them before the next ones are asked for. Windows without any data are not
     segmented.
     """
-    rows, columns = plan.grid.rows, plan.grid.columns
+    rows, columns = grid.rows, grid.columns
     across = columns.touching(strip.x0, strip.x1)
     left, right = columns.starts[across[0]], columns.starts[across[-1]] + columns.side
     down = rows.touching(y0, scene.height)

@@ -17,7 +17,7 @@ from rsmtdf_train.fused_student import FusedStudent
 from rsmtdf_train.scenes.geotiff import NODATA, REQUEST_TAG, Layer
 from rsmtdf_train.scenes.windows import BLOCK_PX, Grid, lay_windows
 
-__all__ = ["BUFFER_NBYTES", "MapPlan", "MapRequest", "Segmenter", "map_state", "map_tags", "plan_map"]
+__all__ = ["BUFFER_NBYTES", "MapPlan", "MapRequest", "Segmenter", "map_state", "map_tags", "plan_map", "scene_grid"]
 
 #: What the buffers of a strip may take; a wide scene with many classes is done in several strips.
 BUFFER_NBYTES = 512 * 2**20
@@ -101,15 +101,10 @@ def plan_map(segmenter: Segmenter, request: MapRequest, scene: Scene, budget_nby
     if classes > NODATA:
         raise UsageError(f"a map has at most {NODATA} classes, this student has {classes}")
     layers = request.layers(classes)
-    multiple = model.student.multiple_px
-    squares = bool(model.fusion is not None and model.fusion.fused and model.fusion.pass_sides_px)
     planes = sum(layer.count for layer in layers)
-    side = request.window_px or identity.recipe.crop_px + multiple
+    side = request.window_px or identity.recipe.crop_px + model.student.multiple_px
     column = side * (4 * classes + 8 + 20) + 2 * BLOCK_PX * planes  # sums; two bands of pixels; one as read; pieces
-    grid = lay_windows(
-        scene.height, scene.width, multiple, request.window_px, request.overlap_px,
-        crop_px=identity.recipe.crop_px, square=squares, column_nbytes=column, budget_nbytes=budget_nbytes,
-    )  # fmt: skip
+    grid = scene_grid(segmenter, scene, request.window_px, request.overlap_px, column, budget_nbytes)
     return MapPlan(
         width=scene.width,
         height=scene.height,
@@ -120,6 +115,24 @@ def plan_map(segmenter: Segmenter, request: MapRequest, scene: Scene, budget_nby
         memory_nbytes=column * min(grid.strip_px, scene.width) + GDAL_CACHE_MB * 2**20,
         output_nbytes={layer.kind: layer.count * scene.width * scene.height for layer in layers},
     )
+
+
+def scene_grid(
+    segmenter: Segmenter,
+    scene: Scene,
+    window_px: int | None,
+    overlap_px: int | None,
+    column_nbytes: int = 0,
+    budget_nbytes: int = 0,
+) -> Grid:
+    """Return the windows of ``scene`` for this student: ``lay_windows`` with what the student asks of them."""
+    model = segmenter.model
+    squares = bool(model.fusion is not None and model.fusion.fused and model.fusion.pass_sides_px)
+    return lay_windows(
+        scene.height, scene.width, model.student.multiple_px, window_px, overlap_px,
+        crop_px=segmenter.identity.recipe.crop_px, square=squares,
+        column_nbytes=column_nbytes, budget_nbytes=budget_nbytes,
+    )  # fmt: skip
 
 
 def map_state(segmenter: Segmenter, request: MapRequest, scene: Scene, plan: MapPlan) -> dict[str, Any]:

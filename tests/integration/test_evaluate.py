@@ -38,9 +38,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_eval_repeats_the_scores_of_the_run(root: Path) -> None:
+def test_eval_repeats_the_scores_of_the_run_and_adds_the_boundaries(root: Path) -> None:
     found = call_json("eval", root / "run")
+    bounds = [scores.pop("boundary") for scores in found["scores"].values()]
     assert found == json.loads((root / "run" / "metrics.json").read_text())
+    assert [b["tolerance_px"] for b in bounds] == [3, 3]
 
 
 def test_scores_are_those_of_the_predicted_masks(root: Path) -> None:

@@ -32,7 +32,7 @@ def blended(segmenter: Segmenter, path: Path, window: int, overlap: int, tta: bo
     with gdal_settings(), open_scene(path) as scene:
         plan = plan_map(segmenter, request, scene)
         (strip,) = plan.grid.strips()
-        rows = [p.copy() for p, _ in blended_rows(segmenter, scene, plan, strip, 0, tta, CPU)]
+        rows = [p.copy() for p, _ in blended_rows(segmenter, scene, plan.grid, strip, 0, tta, CPU)]
     return np.concatenate(rows, axis=1)
 
 
