@@ -28,6 +28,7 @@ COMMANDS: dict[str, _Entry] = {
     "train": _Entry("train", "app", "Train a student from a recipe, with or without cached features."),
     "eval": _Entry("evaluate", "evaluate", "Score a run on held-out tiles."),
     "predict": _Entry("predict", "predict", "Segment images, or make maps of scenes, with a run."),
+    "export": _Entry("export", "export", "Write a run's student as an ONNX file that runs without the trainer."),
     "report": _Entry("report", "report", "Write one HTML page on runs: scores, differences, curves, pictures."),
     "bench": _Entry("bench", "app", "Reproduce the tables of the README; measure reading and building."),
     "version": _Entry("version", "version", "Print the versions of rsmtdf and of what it stands on."),

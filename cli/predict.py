@@ -12,9 +12,16 @@ from rsmtdf_cli.bands import parse_bands
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, message, progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
     from rsmtdf_train.predict import Prediction
     from rsmtdf_train.scenes.map_scene import MapReport
     from rsmtdf_train.scenes.request import MapPlan, MapRequest
+    from rsmtdf_train.scenes.segmenter import WindowSegmenter
+
+    _Student = tuple[WindowSegmenter, Callable[[Any], Any], torch.device | None]
 
 __all__ = ["predict"]
 
@@ -34,13 +41,17 @@ class _Choice(StrEnum):
 
 @command
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder of `rsmtdf train`.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(help="Run folder of `rsmtdf train`, or FILE.onnx of `rsmtdf export`.", show_default=False)
+    ],
     images: Annotated[
         list[Path], typer.Argument(help="Images (8-bit RGB, any size) or georeferenced scenes.", show_default=False)
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR|MAP.tif", help="Folder, or the map of one scene; default RUN/predictions."),
+        typer.Option(
+            metavar="DIR|MAP.tif", help="Folder, or the map of one scene; default RUN/predictions, of a file beside it."
+        ),
     ] = None,
     checkpoint: Annotated[
         _Choice, typer.Option(help="Which weights; deployed: the best where the run keeps it, else the last EMA.")
@@ -89,10 +100,11 @@ def predict(
     DIR/STEM_map.tif); .png and .jpg are images unless --out ends in .tif.
     """
     from rsmtdf_cache.errors import UsageError
-    from rsmtdf_train.checkpoint import RunFolder, load_deployed
-    from rsmtdf_train.devices import pick_device
 
-    folder = out if out is not None else run / "predictions"
+    exported = run.suffix.lower() == ".onnx" and not run.is_dir()
+    if exported and checkpoint is not _Choice.DEPLOYED:
+        raise UsageError(f"--checkpoint {checkpoint.value}: {run} holds one student; export another from its run")
+    folder = out if out is not None else (run.parent if exported else run) / "predictions"
     maps, plain = _sorted_out(images, folder)
     asked = [bands, scale, window, overlap, probabilities, confidence, tta or None, cog or None, dry_run or None]
     if any(value is not None for value in asked) and (plain or not maps):
@@ -107,17 +119,12 @@ def predict(
     from rsmtdf_cache.rasters.scaling import parse_scale
 
     numbers = {"bands": parse_bands(bands), "scale": None if scale is None else parse_scale(scale)}
-    chosen = pick_device(device)
-    there = RunFolder(run)
-    kind = there.deployed_kind() if checkpoint is _Choice.DEPLOYED else checkpoint.value
-    model, identity = load_deployed(there, kind, chosen)
+    segmenter, mask_of, chosen = _exported(run, device) if exported else _of_run(run, checkpoint, device)
     written: list[Any] = []
     if maps:
-        from rsmtdf_cache.files import sha256_file
         from rsmtdf_train.scenes.map_scene import describe_map, map_scene
-        from rsmtdf_train.scenes.request import MapRequest, Segmenter
+        from rsmtdf_train.scenes.request import MapRequest
 
-        segmenter = Segmenter(model, identity, sha256_file(there.deployed(kind)))
         requests = [
             MapRequest(
                 scene, place, window_px=window, overlap_px=overlap, probabilities=probabilities, confidence=confidence,
@@ -134,12 +141,36 @@ def predict(
         from rsmtdf_train.predict import predict_files
 
         with progress(quiet) as sink:
-            written += predict_files(model, identity.classes, plain, folder, chosen, sink)
+            written += predict_files(mask_of, segmenter.classes, plain, folder, sink)
     if json:
         emit_json([_plan_as_data(*entry) if dry_run else entry for entry in written])
     elif not quiet:
         for entry in written:
             _show_plan(*entry) if dry_run else _show(entry)
+
+
+def _of_run(run: Path, checkpoint: _Choice, device: str | None) -> _Student:
+    """Return a run's student, what it makes of an image, and where it lies."""
+    from rsmtdf_cache.files import sha256_file
+    from rsmtdf_train.checkpoint import RunFolder, load_deployed
+    from rsmtdf_train.devices import pick_device
+    from rsmtdf_train.predict import predict_mask
+    from rsmtdf_train.scenes.segmenter import Segmenter
+
+    chosen = pick_device(device)
+    there = RunFolder(run)
+    kind = there.deployed_kind() if checkpoint is _Choice.DEPLOYED else checkpoint.value
+    model, identity = load_deployed(there, kind, chosen)
+    segmenter = Segmenter(model, identity, sha256_file(there.deployed(kind)))
+    return segmenter, lambda image: predict_mask(model, image, chosen), chosen
+
+
+def _exported(file: Path, device: str | None) -> _Student:
+    """Return the same of a file of ``rsmtdf export``; torch is not imported."""
+    from rsmtdf_train.export.runtime import OnnxSegmenter
+
+    segmenter = OnnxSegmenter(file, device)
+    return segmenter, segmenter.mask, None
 
 
 def _sorted_out(images: list[Path], out: Path) -> tuple[dict[Path, Path], list[Path]]:

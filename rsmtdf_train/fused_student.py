@@ -105,6 +105,11 @@ class FusedStudent(nn.Module):
         """Targets whose translators the deployed student needs: none unless fusion is on."""
         return self.fusion.targets if self.fusion is not None and self.fusion.fused else ()
 
+    @property
+    def sees_squares(self) -> bool:
+        """Whether an image is also seen resized to a square: then windows have to be squares too."""
+        return self.fusion is not None and self.fusion.fused and bool(self.fusion.pass_sides_px)
+
     def deployed_state(self) -> dict[str, Tensor]:
         """Return the tensors of the deployed student: without translators when they served the loss alone."""
         keep = bool(self.deployed_targets)

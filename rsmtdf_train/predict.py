@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from rsmtdf_cache.errors import DataError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
 from rsmtdf_cache.sources.base import ClassInfo
-from rsmtdf_train.fused_student import FusedStudent
+
+if TYPE_CHECKING:  # an exported file needs no torch
+    import torch
+
+    from rsmtdf_train.fused_student import FusedStudent
 
 __all__ = ["Prediction", "overlay", "palette_image", "predict_files", "predict_mask", "read_rgb"]
 
@@ -49,11 +53,13 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     return pixels
 
 
-@torch.inference_mode()
 def predict_mask(model: FusedStudent, image_HW3: NDArray[np.uint8], device: torch.device) -> NDArray[np.uint8]:
     """Return ``[H, W]`` uint8 class numbers for uint8 RGB of any size, in one pass."""
-    image = torch.from_numpy(image_HW3).to(device).permute(2, 0, 1)[None].float().div_(255)
-    mask: NDArray[np.uint8] = model.predict(image).argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+    import torch
+
+    with torch.inference_mode():
+        image = torch.from_numpy(image_HW3).to(device).permute(2, 0, 1)[None].float().div_(255)
+        mask: NDArray[np.uint8] = model.predict(image).argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
     return mask
 
 
@@ -74,15 +80,15 @@ def overlay(
 
 
 def predict_files(
-    model: FusedStudent,
+    mask_of: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
     classes: Sequence[ClassInfo],
     images: Sequence[Path],
     out: Path,
-    device: torch.device,
     on_event: EventSink = ignore_events,
 ) -> list[Prediction]:
     """Write ``out/STEM_mask.png`` and ``out/STEM_overlay.png`` for each image and return what was written.
 
+    ``mask_of``: uint8 RGB ``[H, W, 3]`` to class numbers ``[H, W]``, such as ``predict_mask`` of a model.
     Every image is checked to exist, and their stems to differ, before anything is written. Raises ``UsageError`` for
     two images of one stem, ``DataError`` for an image that cannot be used.
     """
@@ -100,7 +106,7 @@ def predict_files(
     results = []
     for stem, path in stems.items():
         pixels = read_rgb(path)
-        mask = predict_mask(model, pixels, device)
+        mask = mask_of(pixels)
         paths = out / f"{stem}_mask.png", out / f"{stem}_overlay.png"
         palette_image(mask, classes).save(paths[0])
         Image.fromarray(overlay(pixels, mask, classes)).save(paths[1])

@@ -75,10 +75,10 @@ class _Head(Decoder):
         return nn.functional.interpolate(self.head(maps_BDhw[0]), size=size, mode="nearest")
 
 
-def _identity(crop_px: int) -> RunIdentity:
+def _identity(crop_px: int, encoder: str = "timm:mobilenetv3_small_050", decoder: str = "fpn") -> RunIdentity:
     recipe = Recipe.model_validate({
         "name": "tiny", "data": "nowhere", "crop_px": crop_px, "method": "supervised", "targets": "none",
-        "distill": False, "fuse": False, "student": {"encoder": "timm:mobilenetv3_small_050", "channels": 16},
+        "distill": False, "fuse": False, "student": {"encoder": encoder, "decoder": decoder, "channels": 16},
     })  # fmt: skip
     return RunIdentity(recipe, None, CLASSES, 255, ())
 
@@ -94,24 +94,24 @@ def local_segmenter(stride: int = 1, radius: int = 0, crop_px: int = 32) -> Segm
     return Segmenter(model, _identity(crop_px), "0" * 64)
 
 
-def save_run(root: Path, seed: int = 0, crop_px: int = 64) -> Path:
-    """Write a run folder as training leaves it, with a seeded student of stride 32; return it."""
-    identity = _identity(crop_px)
+def save_run(root: Path, seed: int = 0, crop_px: int = 64, **student: str) -> Path:
+    """Write a run folder as training leaves it, with a seeded student, of stride 32 by default; return it."""
+    identity = _identity(crop_px, **student)
     recipe = identity.recipe.model_copy(update={"seed": seed})
     identity = RunIdentity(recipe, None, CLASSES, 255, ())
     folder = RunFolder(root)
     root.mkdir()
     folder.recipe.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     model = build_fused_student(recipe, len(CLASSES), (), load_weights=False)
-    _spread(model)
+    _spread(model, crop_px if student else 256)
     save_deployed(folder.deployed("ema"), model, identity, "ema", 1)
     return root
 
 
 @torch.no_grad()
-def _spread(model: FusedStudent) -> None:
+def _spread(model: FusedStudent, side: int) -> None:
     """Fit statistics and the last bias to an image: a network as it is born says one class everywhere."""
-    image = torch.from_numpy(blobs(256, 256, seed=9))[None].float() / 255
+    image = torch.from_numpy(blobs(256, 256, seed=9))[None, :, :side, :side].float() / 255
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0

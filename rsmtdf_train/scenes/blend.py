@@ -7,13 +7,16 @@ averaged in the same way. Windows are added in a fixed order, so a pixel has the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from rsmtdf_train.fused_student import FusedStudent
+if TYPE_CHECKING:  # a map by an exported file needs no torch
+    import torch
+    from torch import Tensor
+
+    from rsmtdf_train.fused_student import FusedStudent
 
 __all__ = ["BandBuffer", "window_probabilities", "windows_at_once"]
 
@@ -23,12 +26,12 @@ _ROWS = 64
 _BATCH_PIXELS = {"cuda": 2**22, "cpu": 2**18}
 
 
-def windows_at_once(device: torch.device, window_px: int) -> int:
-    """Return how many windows a forward pass sees."""
-    return max(1, _BATCH_PIXELS.get(device.type, 2**20) // window_px**2)
+def windows_at_once(device: torch.device | None, window_px: int) -> int:
+    """Return how many windows a forward pass sees; ``device`` None: on the CPU."""
+    kind = "cpu" if device is None else device.type
+    return max(1, _BATCH_PIXELS.get(kind, 2**20) // window_px**2)
 
 
-@torch.inference_mode()
 def window_probabilities(
     model: FusedStudent, windows: Sequence[NDArray[np.uint8]], device: torch.device, *, count: int, tta: bool
 ) -> NDArray[np.float32]:
@@ -37,20 +40,23 @@ def window_probabilities(
     The batch is filled up to ``count`` by its last window, so that all batches have one shape. ``tta``: the mean over
     the window's eight mirrorings and rotations.
     """
+    import torch
+
     filled = [*windows, *([windows[-1]] * (count - len(windows)))]
-    images = torch.from_numpy(np.stack(filled)).to(device).float().div_(255)
-    total: Tensor | None = None
-    for turns in range(4 if tta else 1):
-        for mirrored in (False, True) if tta else (False,):
-            seen = torch.rot90(images, turns, (2, 3))
-            seen = seen.flip(3) if mirrored else seen
-            made = model.predict(seen.contiguous()).float().softmax(dim=1)
-            made = made.flip(3) if mirrored else made
-            made = torch.rot90(made, -turns, (2, 3))
-            total = made if total is None else total + made
-    assert total is not None
-    mean = total / 8 if tta else total
-    probabilities: NDArray[np.float32] = mean[: len(windows)].cpu().numpy()
+    with torch.inference_mode():
+        images = torch.from_numpy(np.stack(filled)).to(device).float().div_(255)
+        total: Tensor | None = None
+        for turns in range(4 if tta else 1):
+            for mirrored in (False, True) if tta else (False,):
+                seen = torch.rot90(images, turns, (2, 3))
+                seen = seen.flip(3) if mirrored else seen
+                made = model.predict(seen.contiguous()).float().softmax(dim=1)
+                made = made.flip(3) if mirrored else made
+                made = torch.rot90(made, -turns, (2, 3))
+                total = made if total is None else total + made
+        assert total is not None
+        mean = total / 8 if tta else total
+        probabilities: NDArray[np.float32] = mean[: len(windows)].cpu().numpy()
     return probabilities
 
 

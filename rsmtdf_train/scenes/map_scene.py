@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import ResourceError, RsmtdfError, UsageError
@@ -17,19 +17,22 @@ from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart,
 from rsmtdf_cache.files import build_lock, make_folders, require_space
 from rsmtdf_cache.rasters.gdal import gdal_settings
 from rsmtdf_cache.rasters.scene import Scene, open_scene
-from rsmtdf_train.scenes.blend import BandBuffer, window_probabilities, windows_at_once
+from rsmtdf_train.scenes.blend import BandBuffer, windows_at_once
 from rsmtdf_train.scenes.geotiff import LEVELS, NODATA, REQUEST_TAG, recorded_request, write_layers
 from rsmtdf_train.scenes.pieces import Pieces, workroom
 from rsmtdf_train.scenes.request import (
     BUFFER_NBYTES,
     MapPlan,
     MapRequest,
-    Segmenter,
     map_state,
     map_tags,
     plan_map,
 )
+from rsmtdf_train.scenes.segmenter import WindowSegmenter
 from rsmtdf_train.scenes.windows import BLOCK_PX, Grid, Strip
+
+if TYPE_CHECKING:  # a map by an exported file needs no torch
+    import torch
 
 __all__ = ["MapReport", "blended_rows", "describe_map", "map_scene"]
 
@@ -51,9 +54,9 @@ class MapReport:
     nodata: float | None
 
 
-def describe_map(segmenter: Segmenter, request: MapRequest, on_event: EventSink = ignore_events) -> MapPlan:
+def describe_map(segmenter: WindowSegmenter, request: MapRequest, on_event: EventSink = ignore_events) -> MapPlan:
     """Return what the map would take. The scene is opened and checked as for the map; nothing is written."""
-    with gdal_settings(), open_scene(request.scene, request.bands, request.scale, segmenter.identity.pixels) as scene:
+    with gdal_settings(), open_scene(request.scene, request.bands, request.scale, segmenter.pixels) as scene:
         plan = plan_map(segmenter, request, scene)
         scene.require_whole()
         _warn(scene, on_event)
@@ -61,20 +64,20 @@ def describe_map(segmenter: Segmenter, request: MapRequest, on_event: EventSink 
 
 
 def map_scene(
-    segmenter: Segmenter,
+    segmenter: WindowSegmenter,
     request: MapRequest,
-    device: torch.device,
+    device: torch.device | None,
     on_event: EventSink = ignore_events,
     budget_nbytes: int = BUFFER_NBYTES,
 ) -> MapReport:
-    """Write the map of a scene of any size in bounded memory.
+    """Write the map of a scene of any size in bounded memory. ``device``: where a loaded student lies.
 
     A stopped run leaves its finished blocks in a hidden folder beside ``request.out``, and the same request continues
     from them to the same bytes; files get their names when they are complete. Raises ``DataError`` for a scene that
     cannot be used, ``UsageError`` for a request that cannot be met or a file in its place, ``MismatchError`` for the
     unfinished map of another request.
     """
-    with gdal_settings(), open_scene(request.scene, request.bands, request.scale, segmenter.identity.pixels) as scene:
+    with gdal_settings(), open_scene(request.scene, request.bands, request.scale, segmenter.pixels) as scene:
         plan = plan_map(segmenter, request, scene, budget_nbytes)
         scene.require_whole()
         _warn(scene, on_event)
@@ -98,14 +101,14 @@ def _warn(scene: Scene, on_event: EventSink) -> None:
 
 
 def _made(
-    segmenter: Segmenter,
+    segmenter: WindowSegmenter,
     request: MapRequest,
     scene: Scene,
     plan: MapPlan,
-    device: torch.device,
+    device: torch.device | None,
     on_event: EventSink,
 ) -> MapReport:
-    classes = segmenter.identity.classes
+    classes = segmenter.classes
     tags = map_tags(segmenter, request, scene, plan)
     pieces = Pieces(workroom(request.out), plan.planes, scene.height)
     state = map_state(segmenter, request, scene, plan) | {"strip_px": plan.grid.strip_px}
@@ -160,12 +163,12 @@ def _clear(plan: MapPlan, pieces: Pieces) -> None:
 
 
 def _segment(
-    segmenter: Segmenter,
+    segmenter: WindowSegmenter,
     request: MapRequest,
     scene: Scene,
     plan: MapPlan,
     pieces: Pieces,
-    device: torch.device,
+    device: torch.device | None,
     on_event: EventSink,
 ) -> None:
     """Make all pieces that are not there."""
@@ -196,7 +199,13 @@ def _segment(
 
 
 def blended_rows(
-    segmenter: Segmenter, scene: Scene, grid: Grid, strip: Strip, y0: int, tta: bool, device: torch.device
+    segmenter: WindowSegmenter,
+    scene: Scene,
+    grid: Grid,
+    strip: Strip,
+    y0: int,
+    tta: bool,
+    device: torch.device | None,
 ) -> Generator[tuple[NDArray[np.float32], NDArray[np.bool_]], None, None]:
     """Yield probabilities ``[C, n, width]`` and which pixels hold data ``[n, width]``, of the strip's rows from ``y0``.
 
@@ -207,7 +216,7 @@ def blended_rows(
     across = columns.touching(strip.x0, strip.x1)
     left, right = columns.starts[across[0]], columns.starts[across[-1]] + columns.side
     down = rows.touching(y0, scene.height)
-    buffer = BandBuffer(len(segmenter.identity.classes), rows.side, strip.x0, strip.width)
+    buffer = BandBuffer(len(segmenter.classes), rows.side, strip.x0, strip.width)
     buffer.begin(rows.starts[down[0]])
     # one shape of batches for the whole scene, whatever its strips: other shapes may have other bits
     count = min(windows_at_once(device, max(rows.side, columns.side)), len(columns.starts))
@@ -226,7 +235,7 @@ def blended_rows(
             for first in range(0, len(wanted), count):
                 some = wanted[first : first + count]
                 windows = [pixels[:, :, places[k]] for k in some]
-                made = window_probabilities(segmenter.model, windows, device, count=count, tta=tta)
+                made = segmenter.window_probabilities(windows, device, count=count, tta=tta)
                 for k, window in zip(some, made, strict=True):
                     buffer.add(columns.starts[k], window, rows.weights[i], columns.weights[k])
             shown = valid[:, strip.x0 - left : strip.x1 - left]

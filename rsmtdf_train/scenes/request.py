@@ -12,24 +12,14 @@ from rsmtdf_cache.rasters.gdal import GDAL_CACHE_MB
 from rsmtdf_cache.rasters.scaling import Scale, scale_text
 from rsmtdf_cache.rasters.scene import Scene
 from rsmtdf_cache.specs import digest_of
-from rsmtdf_train.checkpoint import RunIdentity
-from rsmtdf_train.fused_student import FusedStudent
 from rsmtdf_train.scenes.geotiff import NODATA, REQUEST_TAG, Layer
+from rsmtdf_train.scenes.segmenter import Segmenter, WindowSegmenter
 from rsmtdf_train.scenes.windows import BLOCK_PX, Grid, lay_windows
 
 __all__ = ["BUFFER_NBYTES", "MapPlan", "MapRequest", "Segmenter", "map_state", "map_tags", "plan_map", "scene_grid"]
 
 #: What the buffers of a strip may take; a wide scene with many classes is done in several strips.
 BUFFER_NBYTES = 512 * 2**20
-
-
-@dataclass(frozen=True)
-class Segmenter:
-    """A loaded student: what it is, and the sha256 of the file it came from."""
-
-    model: FusedStudent
-    identity: RunIdentity
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -94,15 +84,19 @@ class MapPlan:
         return sum(layer.count for layer in self.layers)
 
 
-def plan_map(segmenter: Segmenter, request: MapRequest, scene: Scene, budget_nbytes: int = BUFFER_NBYTES) -> MapPlan:
+def plan_map(
+    segmenter: WindowSegmenter, request: MapRequest, scene: Scene, budget_nbytes: int = BUFFER_NBYTES
+) -> MapPlan:
     """Return how ``scene`` is cut and what that takes. Raises ``UsageError`` for a request that cannot be met."""
-    identity, model = segmenter.identity, segmenter.model
-    classes = len(identity.classes)
+    classes = len(segmenter.classes)
     if classes > NODATA:
         raise UsageError(f"a map has at most {NODATA} classes, this student has {classes}")
     layers = request.layers(classes)
+    fixed = segmenter.fixed_px
+    if fixed is not None and request.window_px not in (None, fixed):
+        raise UsageError(f"--window {request.window_px}: this file was exported for {fixed} px alone; leave it out")
     planes = sum(layer.count for layer in layers)
-    side = request.window_px or identity.recipe.crop_px + model.student.multiple_px
+    side = request.window_px or segmenter.crop_px + segmenter.multiple_px
     column = side * (4 * classes + 8 + 20) + 2 * BLOCK_PX * planes  # sums; two bands of pixels; one as read; pieces
     grid = scene_grid(segmenter, scene, request.window_px, request.overlap_px, column, budget_nbytes)
     return MapPlan(
@@ -118,7 +112,7 @@ def plan_map(segmenter: Segmenter, request: MapRequest, scene: Scene, budget_nby
 
 
 def scene_grid(
-    segmenter: Segmenter,
+    segmenter: WindowSegmenter,
     scene: Scene,
     window_px: int | None,
     overlap_px: int | None,
@@ -126,16 +120,14 @@ def scene_grid(
     budget_nbytes: int = 0,
 ) -> Grid:
     """Return the windows of ``scene`` for this student: ``lay_windows`` with what the student asks of them."""
-    model = segmenter.model
-    squares = bool(model.fusion is not None and model.fusion.fused and model.fusion.pass_sides_px)
     return lay_windows(
-        scene.height, scene.width, model.student.multiple_px, window_px, overlap_px,
-        crop_px=segmenter.identity.recipe.crop_px, square=squares,
+        scene.height, scene.width, segmenter.multiple_px, window_px, overlap_px,
+        crop_px=segmenter.crop_px, square=segmenter.square,
         column_nbytes=column_nbytes, budget_nbytes=budget_nbytes,
     )  # fmt: skip
 
 
-def map_state(segmenter: Segmenter, request: MapRequest, scene: Scene, plan: MapPlan) -> dict[str, Any]:
+def map_state(segmenter: WindowSegmenter, request: MapRequest, scene: Scene, plan: MapPlan) -> dict[str, Any]:
     """Return all that decides the bytes of a map, as JSON: what a stopped run has to agree with."""
     return {
         "format": 1,
@@ -154,13 +146,13 @@ def map_state(segmenter: Segmenter, request: MapRequest, scene: Scene, plan: Map
     }  # fmt: skip
 
 
-def map_tags(segmenter: Segmenter, request: MapRequest, scene: Scene, plan: MapPlan) -> dict[str, str]:
+def map_tags(segmenter: WindowSegmenter, request: MapRequest, scene: Scene, plan: MapPlan) -> dict[str, str]:
     """Return what the map says of how it was made: the metadata of its files."""
     return dict(_tags(segmenter, request, scene, plan))
 
 
-def _tags(segmenter: Segmenter, request: MapRequest, scene: Scene, plan: MapPlan) -> Iterator[tuple[str, str]]:
-    yield "RSMTDF_RUN", segmenter.identity.recipe.name
+def _tags(segmenter: WindowSegmenter, request: MapRequest, scene: Scene, plan: MapPlan) -> Iterator[tuple[str, str]]:
+    yield "RSMTDF_RUN", segmenter.name
     yield "RSMTDF_STUDENT", segmenter.digest
     yield "RSMTDF_SCENE", scene.path.name
     yield "RSMTDF_BANDS", ",".join(map(str, scene.bands))

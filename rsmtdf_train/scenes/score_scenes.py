@@ -23,7 +23,8 @@ from rsmtdf_cache.sources.base import Tile, TileSource
 from rsmtdf_train.evaluate import labelled_tiles
 from rsmtdf_train.metrics import Scores
 from rsmtdf_train.scenes.map_scene import blended_rows
-from rsmtdf_train.scenes.request import BUFFER_NBYTES, Segmenter, scene_grid
+from rsmtdf_train.scenes.request import BUFFER_NBYTES, scene_grid
+from rsmtdf_train.scenes.segmenter import WindowSegmenter
 from rsmtdf_train.scenes.windows import Grid, Strip
 from rsmtdf_train.scoring.tally import Measures, Tally
 
@@ -40,7 +41,7 @@ class SceneWindows:
 
 
 def score_scenes(
-    segmenters: Mapping[str, Segmenter],
+    segmenters: Mapping[str, WindowSegmenter],
     source: TileSource,
     split: str,
     windows: SceneWindows,
@@ -116,7 +117,7 @@ def _column(tile: Tile) -> int:
 
 
 def _tiles(
-    segmenter: Segmenter,
+    segmenter: WindowSegmenter,
     scene: Scene,
     grid: Grid,
     strip: Strip,
@@ -126,7 +127,7 @@ def _tiles(
     device: torch.device,
 ) -> Generator[tuple[Tile, torch.Tensor], None, None]:
     """Yield each of ``tiles`` (by row) with its blended probabilities ``[C, T, T]``; 0 beyond the scene."""
-    classes = len(segmenter.identity.classes)
+    classes = len(segmenter.classes)
     waiting = list(tiles)
     begun: list[tuple[Tile, torch.Tensor]] = []
     y = _row(waiting[0])

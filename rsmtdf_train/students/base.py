@@ -47,9 +47,13 @@ class Encoder(nn.Module, ABC):
 
 
 class Decoder(nn.Module, ABC):
-    """Feature maps to logits. ``reads``: numbers of the maps that have an effect; None: all."""
+    """Feature maps to logits. ``reads``: numbers of the maps that have an effect; None: all.
+
+    ``least``: tokens on a side of the last map that it needs.
+    """
 
     reads: tuple[int, ...] | None = None
+    least: int = 1
 
     @abstractmethod
     def forward(self, maps_BDhw: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

@@ -71,6 +71,7 @@ class SmpDecoder(Decoder):
         """Raise ``UsageError`` for maps or a width that the decoder cannot take, ``ResourceError`` without smp."""
         super().__init__()
         self.name, self.kind = _look_up(name)
+        self.least = self.kind.least
         strides = [m.stride_px for m in maps]
         self.tokens = len(maps) == 4 and len(set(strides)) == 1
         self.fine = self.kind.half and strides[0] == 2
@@ -131,7 +132,8 @@ class SmpDecoder(Decoder):
         if self.laterals:
             levels = [lateral(level) for lateral, level in zip(self.laterals, levels, strict=True)]
         tall, wide = (n + n % 2 if even else n for n in levels[0].shape[-2:])
-        sizes = [(int(tall * factor), int(wide * factor)) for factor in factors]
+        # arithmetic, not int(): exporters record the one and take the other for a constant
+        sizes = [tuple(side * int(2 * factor) // 2 for side in (tall, wide)) for factor in factors]
         return [_resized(x, sizes[i]) if i in self.kind.reads else x for i, x in enumerate(levels)]
 
 
@@ -241,7 +243,7 @@ def _decoder(name: str, channels: list[int], width: int, tokens: bool) -> tuple[
     return DPTDecoder(channels[2:], strides, False, "ignore", intermediate, wide), wide, 3
 
 
-def _resized(x_BDhw: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
+def _resized(x_BDhw: Tensor, size: tuple[int, ...], align_corners: bool = False) -> Tensor:
     if (x_BDhw.shape[-2], x_BDhw.shape[-1]) == size:
         return x_BDhw
     return F.interpolate(x_BDhw, size=size, mode="bilinear", align_corners=align_corners)

@@ -6,6 +6,7 @@ models; weights files of theirs may have the layout of the original releases.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,12 @@ class StageEncoder(Encoder):
         channels, strides = net.feature_info.channels(), net.feature_info.reduction()
         self.net = net
         self.kept = tuple(i for i, s in enumerate(strides) if s >= finest)
+        # told by timm: a shape alone does not tell, where a map is as high as it has channels
+        self.channels_last = getattr(net, "output_fmt", None) == "NHWC"
         side = 4 * max(strides)  # sides are multiples of the deepest stride, so padding is the same for all of them
         try:
-            _, places = map_geometry(meta_copy(net).eval(), side)
+            hollow = meta_copy(net).eval()
+            _, places = map_geometry(lambda image: self._channels_first(hollow(image)), side)
         except (AssertionError, RuntimeError) as error:
             raise UsageError(
                 f"student.encoder: timm makes this network for images of one size ({error}); take one for all sizes, "
@@ -59,8 +63,12 @@ class StageEncoder(Encoder):
 
     def forward(self, image_B3HW: Tensor) -> list[Tensor]:
         """Return the maps of the kept stages, ``[B, D, h, w]``."""
-        outputs = self.net(image_B3HW)
-        return [_channels_first(outputs[i], m.channels) for i, m in zip(self.kept, self.maps, strict=True)]
+        outputs = self._channels_first(self.net(image_B3HW))
+        return [outputs[i] for i in self.kept]
+
+    def _channels_first(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``[B, D, h, w]`` maps; some hierarchical networks of timm give channels last."""
+        return [m.permute(0, 3, 1, 2).contiguous() if self.channels_last else m for m in maps]
 
 
 class TokenEncoder(Encoder):
@@ -223,8 +231,3 @@ def _statistics(net: Any) -> tuple[tuple[float, float, float], tuple[float, floa
     settings = getattr(net, "pretrained_cfg", None) or getattr(net, "default_cfg", None) or {}
     mean, std = settings.get("mean", _IMAGENET[0]), settings.get("std", _IMAGENET[1])
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
-
-
-def _channels_first(x: Tensor, channels: int) -> Tensor:
-    """Return ``[B, D, h, w]``; some hierarchical transformers of timm give channels last."""
-    return x if x.shape[1] == channels else x.permute(0, 3, 1, 2).contiguous()

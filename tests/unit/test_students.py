@@ -19,7 +19,7 @@ from rsmtdf_cache.errors import MismatchError, ResourceError, UsageError
 from rsmtdf_train.sections import StudentConfig
 from rsmtdf_train.students.base import MapSpec, build_student
 from rsmtdf_train.students.dpt import DptDecoder, _FusionBlock, _ResidualUnit
-from rsmtdf_train.students.timm_encoder import _SHORT, resolve_name
+from rsmtdf_train.students.timm_encoder import _SHORT, load_encoder, resolve_name
 from tests.students import student_of
 
 SMALL = StudentConfig(encoder="timm:mobilenetv3_small_050", channels=8)
@@ -56,6 +56,27 @@ def test_short_names_are_timms() -> None:
     assert resolve_name("dinov2_vitb14_reg") == "vit_base_patch14_reg4_dinov2"
     assert resolve_name("dinov3_vits16") == "vit_small_patch16_dinov3"
     assert all(timm.is_model(name) for name in _SHORT.values())
+
+
+@pytest.mark.parametrize("side", [128, 256])
+def test_maps_of_channels_last_encoders_are_turned_where_they_are_as_high_as_they_have_channels(side: int) -> None:
+    # MambaOut gives channels last: at 256 px its map of stride 8 is 32 x 32 tokens of 32 channels
+    student = build_student(StudentConfig(encoder="timm:test_mambaout", channels=8), 2).eval()
+    image = torch.rand(1, 3, side, side)
+    with torch.inference_mode():
+        found = student.encode(image)
+        net: Any = student.encoder.get_submodule("net")
+        theirs = net((image - student.mean) / student.std)
+    assert [tuple(m.shape[2:]) for m in found] == [(side // m.stride_px,) * 2 for m in student.maps]
+    assert all(torch.equal(mine, other.permute(0, 3, 1, 2)) for mine, other in zip(found, theirs, strict=True))
+
+
+def test_tokens_of_channels_last_encoders_lie_where_those_of_channels_first_do() -> None:
+    # patches of 4 px, merged two by two: centres in the middle of the cells, whatever the order of the axes
+    for encoder in ("timm:swin_tiny_patch4_window7_224", "timm:test_convnext"):
+        with torch.device("meta"):
+            maps = load_encoder(StudentConfig(encoder=encoder)).maps
+        assert [(m.stride_px, m.offset_px) for m in maps] == [(4, 2), (8, 4), (16, 8), (32, 16)]
 
 
 def test_an_encoder_of_one_size_says_so() -> None:
