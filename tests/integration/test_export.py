@@ -71,7 +71,7 @@ def blended(segmenter: WindowSegmenter, path: Path, tta: bool, device: torch.dev
     with gdal_settings(), open_scene(path) as scene:
         plan = plan_map(segmenter, MapRequest(path, path.with_name("m.tif")), scene)
         (strip,) = plan.grid.strips()
-        rows = [p.copy() for p, _ in blended_rows(segmenter, scene, plan, strip, 0, tta, device)]
+        rows = [p.copy() for p, _ in blended_rows(segmenter, scene, plan.grid, strip, 0, tta, device)]
     return np.concatenate(rows, axis=1)
 
 
