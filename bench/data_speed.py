@@ -30,9 +30,9 @@ from rasterio.windows import Window
 from rsmtdf_cache.prepare.cutting import Cut
 from rsmtdf_cache.prepare.plan import Request
 from rsmtdf_cache.prepare.write import prepare
+from rsmtdf_cache.rasters.png import decode_png, encode_png
 from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.sources.landcover import CLASSES, load_rasters
-from rsmtdf_cache.sources.png import decode_png, encode_png
 from rsmtdf_cache.tiling.request import Held, TileRequest
 from rsmtdf_cache.tiling.write import tile
 from rsmtdf_cli.machine import context

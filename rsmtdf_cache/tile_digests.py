@@ -65,6 +65,8 @@ class TileDigests:
     def keep(self, tile: Tile, digest: bytes) -> None:
         """Note the digest of the pixels that ``tile`` was just decoded to."""
         with contextlib.suppress(OSError):
+            if tile.image.suffix.lower() == ".vrt":  # its sources may change while it does not
+                return
             found = tile.image.stat()
             if time.time_ns() - found.st_mtime_ns > _SETTLED_NS:
                 sha256 = _OF_A_SCENE if tile.origin_px is not None else bytes.fromhex(sha256_file(tile.image))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import DataError
-from rsmtdf_cache.sources.png import (
+from rsmtdf_cache.rasters.png import (
     GREY,
     PALETTE,
     RGB,

@@ -23,8 +23,8 @@ from rsmtdf_cache.prepare.pixels import read_rgb
 from rsmtdf_cache.prepare.plan import Plan, Request, make_plan
 from rsmtdf_cache.prepare.splitting import Cell
 from rsmtdf_cache.prepare.workplace import SpoolFolder, is_made, publish, refuse_file, spool_only, workplace
+from rsmtdf_cache.rasters.png import encode_png
 from rsmtdf_cache.share.parallel import Counter, run_jobs
-from rsmtdf_cache.sources.png import encode_png
 from rsmtdf_cache.sources.scenes import SceneCell, write_domains, write_scenes
 
 __all__ = ["Prepared", "RECORD", "estimate", "prepare"]

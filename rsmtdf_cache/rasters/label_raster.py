@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import DataError
-from rsmtdf_cache.rasters.gdal import reason_of
+from rsmtdf_cache.rasters.gdal import reason_of, require_whole_file
 from rsmtdf_cache.rasters.scene import Scene
 
 __all__ = ["LabelRaster", "open_labels", "require_same_grid"]
@@ -32,6 +32,7 @@ class LabelRaster:
     nodata: float | None
     _dataset: Any = field(repr=False, compare=False)
     _alpha: int | None = None
+    _masked: bool = False
     _palette: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
     _fits: set[tuple[Path, int, int]] = field(default_factory=set, repr=False, compare=False)  # scenes, as they were
 
@@ -50,17 +51,19 @@ class LabelRaster:
             known = np.ones((height, width), bool)
             if self._alpha is not None:
                 known &= self._dataset.read(self._alpha, window=window) > 0
+            if self._masked:
+                known &= self._dataset.read_masks(1, window=window) > 0
         except RasterioError as error:
             raise DataError(
                 f"labels {self.path}: cannot be read at rows {y} to {y + height}, columns {x} to {x + width} "
                 f"({reason_of(error)}); the file is damaged or cut short, copy it again"
             ) from None
+        if self.nodata is not None and not np.isnan(self.nodata):
+            known &= (raw != self.nodata).any(axis=0)
         if self.kind == "colors":
             pixels = self._palette[raw[0]] if self._palette is not None else raw.transpose(1, 2, 0)
             return pixels, known
         values = raw[0]
-        if self.nodata is not None and not np.isnan(self.nodata):
-            known &= values != self.nodata
         if values.dtype.kind == "f":
             known &= ~np.isnan(values)
             values = self._whole(np.where(known, values, 0), y, x)
@@ -92,11 +95,12 @@ def open_labels(path: Path, kind: Literal["values", "colors"]) -> Iterator[Label
     except RasterioError as error:
         raise DataError(f"labels {path}: GDAL cannot open it ({reason_of(error)}); give a whole raster") from None
     with dataset:
+        require_whole_file(path, dataset.driver, f"labels {path}")
         yield _described(path, dataset, kind)
 
 
 def _described(path: Path, dataset: Any, kind: Literal["values", "colors"]) -> LabelRaster:
-    from rasterio.enums import ColorInterp
+    from rasterio.enums import ColorInterp, MaskFlags
 
     colors = list(dataset.colorinterp)
     alpha = colors.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in colors else None
@@ -121,7 +125,10 @@ def _described(path: Path, dataset: Any, kind: Literal["values", "colors"]) -> L
         )
     if dtype.kind not in "iuf":
         raise DataError(f"labels {path}: values of type {dtype}; labels are whole numbers")
-    return LabelRaster(path, dataset.width, dataset.height, kind, dataset.nodatavals[0], dataset, alpha, palette)
+    masked = MaskFlags.per_dataset in dataset.mask_flag_enums[0] and alpha is None
+    return LabelRaster(
+        path, dataset.width, dataset.height, kind, dataset.nodatavals[0], dataset, alpha, masked, palette
+    )
 
 
 def require_same_grid(scene: Scene, labels: LabelRaster) -> None:

@@ -6,6 +6,7 @@ covers is what the dataset says it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class Polygons:
         y, x, height, width = box
         a, b, c, d, e, f = self._affine
         place = Affine(a, b, a * x + b * y + c, d, e, d * x + e * y + f)
-        left, bottom, right, top = array_bounds(height, width, place)
+        left, bottom, right, top = _sorted(array_bounds(height, width, place))
         xs, ys = self.bounds[:, 0::2], self.bounds[:, 1::2]
         touching = np.flatnonzero((xs[:, 0] < right) & (xs[:, 1] > left) & (ys[:, 0] < top) & (ys[:, 1] > bottom))
         if not touching.size:
@@ -87,11 +88,13 @@ def open_polygons(path: Path, scene: Scene, field_name: str | None, layer: str |
     if scene.affine is None or scene.crs is None:
         raise DataError(f"scene {scene.path} has no CRS: polygons of {path} cannot be laid over it; place it first")
     here = CRS.from_wkt(scene.crs)
-    left, bottom, right, top = array_bounds(scene.height, scene.width, Affine(*scene.affine))
-    box = (min(left, right), min(bottom, top), max(left, right), max(bottom, top))
+    box: tuple[float, float, float, float] | None
+    box = _sorted(array_bounds(scene.height, scene.width, Affine(*scene.affine)))
     there = _crs(path, layer)
     if there != here:
         box = transform_bounds(here, there, *box, densify_pts=21)
+        if not all(map(math.isfinite, box)) or box[0] > box[2]:  # beyond the CRS, or across the 180th meridian
+            box = None
     found, values, _ = _features(path, field_name, layer, box)
     kinds = {shapely.get_type_id(shape) for shape in found} - {3, 6}
     if kinds:
@@ -104,6 +107,12 @@ def open_polygons(path: Path, scene: Scene, field_name: str | None, layer: str |
     found = [shapely.geometry.shape(shape) for shape in shapes]
     bounds = np.array([shape.bounds for shape in found], np.float64).reshape(-1, 4)
     return Polygons(path, tuple(values), bounds, tuple(shapes), scene.affine)
+
+
+def _sorted(bounds: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    """Return left, bottom, right, top of a box that may be upside down or mirrored."""
+    left, bottom, right, top = bounds
+    return min(left, right), min(bottom, top), max(left, right), max(bottom, top)
 
 
 def _crs(path: Path, layer: str | None) -> Any:
@@ -147,10 +156,13 @@ def _features(
             "one with `labels: {field: NAME}`"
         )
     try:
-        _, _, geometry, columns = pyogrio.raw.read(path, layer=layer, columns=[field_name], bbox=box)
+        _, numbers, geometry, columns = pyogrio.raw.read(
+            path, layer=layer, columns=[field_name], bbox=box, return_fids=True
+        )
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, RuntimeError) as error:
         raise DataError(f"labels {path}: cannot be read ({reason_of(error)}); copy it again") from None
-    kept = [n for n, wkb in enumerate(geometry) if wkb is not None]
+    order = np.argsort(numbers, kind="stable")  # a spatial index gives them in an order of its own
+    kept = [int(n) for n in order if geometry[n] is not None]
     shapes = shapely.from_wkb([geometry[n] for n in kept])
     values = [_plain(columns[0][n]) for n in kept]
     return list(shapes), values, fields

@@ -79,16 +79,17 @@ def scale_text(scale: Scale) -> str:
 def percentile_scale(values: Sequence[NDArray[Any]], percentiles: tuple[float, float]) -> Scale | None:
     """Return the range between two percentiles of each of three bands; None where a band has no two values.
 
-    Rounded to four digits, so that it can be written down and typed again.
+    Rounded to four digits of the range, so that it can be written down and typed again.
     """
     pairs = []
     for band in values:
         if not band.size:
             return None
-        low, high = (float(f"{v:.4g}") for v in np.percentile(band.astype(np.float64), percentiles))
+        low, high = (float(v) for v in np.percentile(band.astype(np.float64), percentiles))
         if not low < high:
             return None
-        pairs.append((low, high))
+        decimals = 3 - math.floor(math.log10(high - low))  # four digits of the range, however far from 0 it lies
+        pairs.append((round(low, decimals), round(high, decimals)))
     red, green, blue = pairs
     return red, green, blue
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import DataError, UsageError
-from rsmtdf_cache.rasters.gdal import reason_of
+from rsmtdf_cache.rasters.gdal import reason_of, require_whole_file
 from rsmtdf_cache.rasters.scaling import EIGHT_BIT, PixelRule, Scale, percentile_scale, scale_text, to_8_bit
 
 __all__ = ["Scene", "open_scene"]
@@ -183,6 +183,7 @@ def open_scene(
             f"scene {path}: GDAL cannot open it ({reason_of(error)}); give a whole GeoTIFF or another raster it knows"
         ) from None
     with dataset:
+        require_whole_file(path, dataset.driver, f"scene {path}")
         yield _described(path, dataset, bands, scale, learned)
 
 

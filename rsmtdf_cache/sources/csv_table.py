@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def read_table(
     if not path.exists():
         return {}
     try:
-        reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
+        with path.open(encoding="utf-8-sig", newline="") as file:  # a name may hold the end of a line
+            reader = csv.DictReader(io.StringIO(file.read(), newline=""))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); write it as UTF-8 text or delete it") from None
     missing = [name for name in columns if name not in (reader.fieldnames or ())]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -25,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import DataError, TileError, did_you_mean
+from rsmtdf_cache.rasters.png import GREY, PALETTE, RGB, PngError, PngHeader, decode_png, parse_png_header
 from rsmtdf_cache.sources.base import Georeference, Tile
 from rsmtdf_cache.sources.georeference import read_georeference
 from rsmtdf_cache.sources.header import DatasetHeader
 from rsmtdf_cache.sources.listed import LABELED, ListedSource
-from rsmtdf_cache.sources.png import GREY, PALETTE, RGB, PngError, PngHeader, decode_png, parse_png_header
 from rsmtdf_cache.sources.raster_files import RasterFiles, gdal_version
 
 __all__ = ["FolderSource"]
@@ -133,7 +134,7 @@ class FolderSource(ListedSource):
                 )
             if not self._has_tile_size(header):
                 raise PngError(f"found {header}; the tiles are {self.tile_px} x {self.tile_px} px")
-            mask = decode_png(data).astype(np.uint8, copy=False)  # 1 bit comes as bool: class 0 and class 1
+            mask = decode_png(data).astype(np.uint8)  # 1 bit comes as bool: class 0 and class 1
         except PngError as error:
             raise DataError(f"mask {tile.mask}: {error}") from None
         except OSError as error:
@@ -146,6 +147,11 @@ class FolderSource(ListedSource):
                 f"({int(bad.sum())} such pixels) is outside the classes 0 to {len(self.classes) - 1} and not "
                 f"ignore_index {self.ignore_index}; correct the mask or the classes in dataset.yaml"
             )
+        if self.pixels is not None or tile.image.suffix.lower() != ".png":
+            with suppress(TileError):  # an image that cannot be used is told of when it is read
+                valid = self.read_valid(tile)[1]
+                if valid is not None:
+                    mask[~valid] = self.ignore_index
         return mask
 
     def _is_plain_mask(self, mask: Path) -> bool:

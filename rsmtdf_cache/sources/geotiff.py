@@ -90,7 +90,7 @@ class GeotiffSource(ListedSource):
         tiles = self.tiles(splits)
         firsts = {self.cells[tile.id].scene: tile for tile in tiles}
         self._each(self._check_scene, list(firsts.values()))
-        self._each(self._check_mask, [tile for tile in tiles if tile.mask is not None])
+        self._each(self._check_mask, tiles)
 
     def _check_tables(self) -> None:
         for tile_id, cell in self.cells.items():
@@ -123,12 +123,20 @@ class GeotiffSource(ListedSource):
             self._files.check_labels(scene.image, scene.labels)
 
     def _check_mask(self, tile: Tile) -> None:
+        labels = self.rasters[self.cells[tile.id].scene].labels
+        if labels is None:
+            return
         try:
             with self._files.described(tile.image):
                 pass
         except DataError:
             return  # what cannot be shown is left out, whatever its labels say
-        self.read_mask(tile)
+        mask = self._files.mask(tile.image, labels, tile.origin_px or (0, 0))
+        if tile.mask is None and (mask != self.ignore_index).any():
+            raise DataError(
+                f"labels {labels}: tile {tile.id!r} had none when the dataset was laid out and has some now; "
+                "lay it out again with `rsmtdf data tile`"
+            )
 
     def read_image(self, tile: Tile) -> NDArray[np.uint8]:
         """Return ``[tile_px, tile_px, 3]`` uint8 RGB; beyond the scene and without data black. Raises ``TileError``."""

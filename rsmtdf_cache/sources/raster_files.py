@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from rsmtdf_cache.errors import DataError, UsageError
 from rsmtdf_cache.rasters.gdal import gdal_settings, reason_of
 from rsmtdf_cache.rasters.label_raster import LabelRaster, open_labels, require_same_grid
+from rsmtdf_cache.rasters.png import read_png_header
 from rsmtdf_cache.rasters.polygons import Polygons, open_polygons
 from rsmtdf_cache.rasters.pool import FilePool
 from rsmtdf_cache.rasters.scaling import PixelRule
 from rsmtdf_cache.rasters.scene import Scene, open_scene
 from rsmtdf_cache.sources.header import DatasetHeader, LabelsHeader, label_numbers
 from rsmtdf_cache.sources.labels import ColorTable, LabelTable, ValueTable
-from rsmtdf_cache.sources.png import read_png_header
 
 __all__ = ["RasterFiles", "gdal_version"]
 

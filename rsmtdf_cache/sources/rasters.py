@@ -73,6 +73,7 @@ def write_rasters(folder: Path, root: Path, rasters: Iterable[Raster]) -> None:
 
 
 def _written(path: Path, root: Path) -> str:
-    path, root = Path(os.path.abspath(path)), Path(os.path.abspath(root))
+    path = Path(os.path.realpath(path.parent)) / path.name  # `..` after a link is not what its text says
+    root = Path(os.path.realpath(root))
     common = os.path.commonpath([path, root])
     return str(path) if common == os.path.abspath(os.sep) else Path(os.path.relpath(path, root)).as_posix()

@@ -54,7 +54,7 @@ def write_scenes(root: Path, cells: Mapping[str, SceneCell]) -> None:
     with_share = any(c.labeled is not None for c in cells.values())
     columns = (*_SCENE_COLUMNS, *([_LABELED] if with_share else []))
     lines = [
-        (i, c.scene, c.row_px, c.column_px, "" if c.labeled is None else f"{c.labeled:.6f}") for i, c in cells.items()
+        (i, c.scene, c.row_px, c.column_px, "" if c.labeled is None else f"{c.labeled:.9g}") for i, c in cells.items()
     ]
     write_table(root / SCENES, columns, [line[: len(columns)] for line in lines])
 

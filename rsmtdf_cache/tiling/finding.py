@@ -28,10 +28,10 @@ class FoundScene:
     labels: Path | None
 
 
-def find_scenes(request: TileRequest) -> list[FoundScene]:
-    """Return the scenes of ``request`` by name. A folder gives its rasters, not those of folders in it.
+def find_scenes(request: TileRequest) -> tuple[list[FoundScene], list[Path]]:
+    """Return the scenes of ``request`` by name, and labels of no scene. A folder gives its rasters, no folders in it.
 
-    Raises ``DataError`` for a missing file, a folder without rasters, two scenes of one name, labels of no scene.
+    Raises ``DataError`` for a missing file, a folder without rasters, two scenes of one name, labels of none of them.
     """
     images = sorted({path.absolute(): None for path in _files(request.scenes)})
     named: dict[str, Path] = {}
@@ -40,8 +40,8 @@ def find_scenes(request: TileRequest) -> list[FoundScene]:
         if name in named:
             raise DataError(f"{named[name]} and {path} would both be scene {name!r}; give the files other names")
         named[name] = path
-    labels = _labels(request, named)
-    return [FoundScene(name, named[name], labels.get(name)) for name in sorted(named)]
+    labels, strays = _labels(request, named)
+    return [FoundScene(name, named[name], labels.get(name)) for name in sorted(named)], strays
 
 
 def _files(paths: Iterable[Path]) -> Iterable[Path]:
@@ -62,17 +62,17 @@ def _name(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).lstrip(".")[:_NAME_MAX] or "scene"
 
 
-def _labels(request: TileRequest, named: dict[str, Path]) -> dict[str, Path]:
+def _labels(request: TileRequest, named: dict[str, Path]) -> tuple[dict[str, Path], list[Path]]:
     asked = request.labels
     if asked is None:
-        return {}
+        return {}, []
     if asked.is_file():
         if len(named) > 1 and not is_vector_file(asked):
             raise DataError(
                 f"labels {asked}: one raster for {len(named)} scenes; give a folder with one for each (polygons may be "
                 "one file)"
             )
-        return dict.fromkeys(named, asked.absolute())
+        return dict.fromkeys(named, asked.absolute()), []
     if not asked.is_dir():
         raise DataError(f"labels {asked}: no such file or folder")
     there: dict[str, Path] = {}
@@ -96,4 +96,4 @@ def _labels(request: TileRequest, named: dict[str, Path]) -> dict[str, Path]:
             f"{', '.join(p.name for p in list(there.values())[:3]) or 'no raster and no polygons'}."
             f"{did_you_mean(stem, there)} Name the pattern with --label-name, such as '{{scene}}_label'"
         )
-    return found
+    return found, sorted(set(there.values()) - set(found.values()))

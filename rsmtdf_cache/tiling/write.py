@@ -64,7 +64,9 @@ def tile(request: TileRequest, on_event: EventSink = ignore_events) -> tuple[Til
 
 def plan_tiles(request: TileRequest, on_event: EventSink = ignore_events) -> TilePlan:
     """Return the dataset of ``request``; labels are read, nothing is written. Raises as ``tile`` does."""
-    scenes = find_scenes(request)
+    scenes, strays = find_scenes(request)
+    for text in _unmatched(scenes, strays, request):
+        on_event(Warned(text))
     scale = request.scale
     if scale is not None and len(scale) == 2:
         low, high = scale
@@ -144,6 +146,17 @@ def _found_values(scenes: list[FoundScene]) -> str:
 
 def _plain(header: DatasetHeader) -> dict[str, Any]:
     return header.model_dump(mode="json", exclude_none=True)
+
+
+def _unmatched(scenes: list[FoundScene], strays: list[Path], request: TileRequest) -> list[str]:
+    """Return one sentence on labels of no scene, one on scenes without labels."""
+    texts = []
+    if strays:
+        texts.append(f"{len(strays)} files of labels belong to no scene (first {strays[0].name})")
+    bare = [scene.name for scene in scenes if scene.labels is None]
+    if request.labels is not None and bare:
+        texts.append(f"{len(bare)} of {len(scenes)} scenes have no labels (first {bare[0]!r}): their tiles have none")
+    return texts
 
 
 def _warnings(layout: Layout, request: TileRequest, labeled: dict[str, list[str]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from rsmtdf_cache.errors import DataError, TileError
 from rsmtdf_cache.events import Event, Warned
 from rsmtdf_cache.sources import open_source
+from rsmtdf_cache.sources.base import Tile
 from rsmtdf_cache.tiling.write import tile
 from tests.command_line import call, call_json
 from tests.scene_sets import CLASS_TABLE, classes_file, request, write_pair
@@ -185,6 +187,66 @@ def test_what_is_damaged_later_costs_the_tiles_that_show_it_and_the_build_goes_o
     assert {q["id"] if isinstance(q, dict) else q for q in found["quarantined"]} == broken
     code, _, err = call(*arguments, "--out", tmp_path / "strict", "--strict", "--device", "cpu")
     assert code == 3 and "b_" in err
+
+
+def test_a_virtual_raster_without_one_of_its_sources_gives_no_pixel_from_any_thread(tmp_path: Path) -> None:
+    two(tmp_path)
+    sources = "".join(
+        f'<SimpleSource><SourceFilename relativeToVRT="1">../images/{name}.tif</SourceFilename><SourceBand>{{band}}'
+        f'</SourceBand><SrcRect xOff="0" yOff="0" xSize="210" ySize="150"/><DstRect xOff="{x}" yOff="0" xSize="210" '
+        'ySize="150"/></SimpleSource>'
+        for x, name in ((0, "a"), (210, "b"))
+    )
+    bands = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{b}">{sources.replace("{band}", str(b))}</VRTRasterBand>'
+        for b in (1, 2, 3)
+    )
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "m.vrt").write_text(f'<VRTDataset rasterXSize="420" rasterYSize="150">{bands}</VRTDataset>')
+    tile(request(tmp_path, scenes=(tmp_path / "v",), labels=None))
+    source = open_source(tmp_path / "set")
+    with rasterio.open(tmp_path / "images" / "b.tif") as file:
+        last = source.read_image(next(t for t in source.tiles() if t.id == "m_y00_x10"))
+        assert np.array_equal(last, file.read(window=((0, 32), (110, 142))).transpose(1, 2, 0))
+    (tmp_path / "images" / "b.tif").rename(tmp_path / "away.tif")
+    source = open_source(tmp_path / "set")
+
+    def fails(entry: Tile) -> bool:
+        try:
+            source.read_image(entry)
+        except TileError as error:
+            return "b.tif is not there" in str(error)
+        return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(fails, source.tiles() * 3))
+
+
+def test_names_and_links_that_text_does_not_tell_are_kept(tmp_path: Path) -> None:
+    write_pair(tmp_path, "two\nlines")
+    write_pair(tmp_path, "quotes, and 'commas\"", seed=1)
+    real = tmp_path / "real" / "below"
+    real.mkdir(parents=True)
+    (tmp_path / "real" / "images").symlink_to(tmp_path / "images")
+    (tmp_path / "real" / "labels").symlink_to(tmp_path / "labels")
+    (tmp_path / "link").symlink_to(real)
+    here = tmp_path / "link" / ".."
+    tile(request(tmp_path, scenes=(here / "images",), labels=here / "labels"))
+    source = open_source(tmp_path / "set")
+    source.check()
+    assert len(source.tiles()) == 70
+
+
+def test_a_narrow_range_far_from_zero_is_measured(tmp_path: Path) -> None:
+    write_pair(tmp_path, dtype="float32", factor=1e-4)
+    with rasterio.open(tmp_path / "images" / "a.tif", "r+") as file:
+        values = file.read() + np.float32(290)
+        file.write(values)
+    plan, _ = tile(request(tmp_path, scale=(2.0, 98.0)))
+    assert plan.header.pixels is not None and plan.header.pixels.scale is not None
+    for band, (low, high) in zip(values, plan.header.pixels.scale, strict=True):
+        wanted = np.percentile(band, (2, 98))
+        assert abs(low - wanted[0]) < 0.02 * (high - low) > abs(high - wanted[1])
 
 
 def test_scenes_that_changed_or_went_after_the_tiling_are_named(tmp_path: Path) -> None:

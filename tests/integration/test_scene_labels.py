@@ -10,13 +10,16 @@ import numpy as np
 import pyogrio
 import pytest
 import rasterio
+import rasterio.warp
 import shapely
 from numpy.typing import NDArray
 from rasterio.warp import transform_geom
 
 from rsmtdf_cache.errors import DataError, ResourceError, RsmtdfError
+from rsmtdf_cache.events import Event, Warned
 from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.sources.geotiff import GeotiffSource
+from rsmtdf_cache.tiling.request import Held
 from rsmtdf_cache.tiling.write import tile
 from tests.scene_sets import CLASS_TABLE, classes_file, request, write_labels, write_pair
 from tests.scenes import PLACE, write_scene
@@ -271,6 +274,105 @@ def test_a_file_of_polygons_for_each_scene_and_numbers_for_classes(tmp_path: Pat
     )
     wanted, sure = by_point_in_polygon(shapes(), AS_NUMBERS)
     assert np.array_equal(mosaic(source, 150, 210)[sure], wanted[sure])
+
+
+TURNED = {
+    "south up": (rasterio.Affine(PLACE.a, 0, PLACE.c, 0, -PLACE.e, PLACE.f - 75), lambda m: m[::-1]),
+    "mirrored": (rasterio.Affine(-PLACE.a, 0, PLACE.c + 105, 0, PLACE.e, PLACE.f), lambda m: m[:, ::-1]),
+}
+
+
+@pytest.mark.parametrize(("transform", "turn"), TURNED.values(), ids=TURNED.keys())
+def test_polygons_lie_right_on_scenes_that_are_upside_down_or_mirrored(
+    tmp_path: Path, transform: rasterio.Affine, turn: Any
+) -> None:
+    write_pair(tmp_path, transform=transform)
+    write_polygons(tmp_path / "polygons.gpkg", shapes(), WORDS)
+    source = made(tmp_path, labels=tmp_path / "polygons.gpkg", classes=classes_file(tmp_path, POLYGONS))
+    wanted, sure = by_point_in_polygon(shapes(), AS_NUMBERS)
+    found = mosaic(source, 150, 210)
+    assert np.array_equal(found[turn(sure)], turn(wanted)[turn(sure)]) and (found != 255).any()
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".shp"])
+def test_many_overlapping_polygons_keep_the_order_of_the_file(tmp_path: Path, suffix: str) -> None:
+    """A spatial index, which GeoPackage has from about fifty on, gives them in an order of its own."""
+    write_pair(tmp_path)
+    rng = np.random.default_rng(4)
+    corners = np.stack([PLACE.c + rng.uniform(0, 100, 400), PLACE.f - rng.uniform(0, 72, 400)], 1)
+    squares = [shapely.box(x, y - 9, x + 9, y) for x, y in corners]
+    numbers = rng.integers(0, 2, 400).tolist()
+    path = tmp_path / f"polygons{suffix}"
+    write_polygons(path, squares, [("water", "tree")[n] for n in numbers], geometry_type="Polygon")
+    source = made(tmp_path, labels=path, classes=classes_file(tmp_path, POLYGONS))
+    wanted, sure = by_point_in_polygon(squares, numbers)
+    assert np.array_equal(mosaic(source, 150, 210)[sure], wanted[sure])
+
+
+def test_polygons_on_both_sides_of_the_180th_meridian_reach_their_scene(tmp_path: Path) -> None:
+    """Fiji in UTM zone 60 S: degrees to the west of the line are near 180, to the east near -180."""
+    middle = rasterio.warp.transform("EPSG:4326", "EPSG:32760", [180.0], [-17.0])
+    place = rasterio.Affine(10, 0, middle[0][0] - 1050, 0, -10, middle[1][0] + 750)
+    write_pair(tmp_path, crs="EPSG:32760", transform=place)
+    halves = [shapely.box(179.99, -17.005, 179.9999, -16.995), shapely.box(-179.9999, -17.005, -179.99, -16.995)]
+    write_polygons(tmp_path / "polygons.gpkg", halves, ["water", "tree"], "EPSG:4326", geometry_type="Polygon")
+    source = made(tmp_path, labels=tmp_path / "polygons.gpkg", classes=classes_file(tmp_path, POLYGONS))
+    found = mosaic(source, 150, 210)
+    assert (found[70:80, 20:95] == 0).all() and (found[70:80, 115:190] == 1).all()
+
+
+def test_no_data_and_masks_of_colour_labels_and_palettes_are_no_label(tmp_path: Path) -> None:
+    _, labels = write_pair(tmp_path)
+    path = tmp_path / "labels" / "a.tif"
+    pixels = colored(labels)
+    pixels[:, 40:60] = 8
+    write_scene(path, pixels, photometric="RGB", nodata=8)
+    wanted = np.select([np.isin(labels, (10, 30)), np.isin(labels, (20, 21))], [0, 1], 255)
+    wanted[40:60] = 255
+    classes = classes_file(tmp_path, COLORS)
+    assert np.array_equal(mosaic(made(tmp_path, classes=classes), 150, 210), wanted)
+    write_scene(path, colored(labels), photometric="RGB")
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
+        file.write_mask(~np.isin(np.arange(150), np.arange(40, 60))[:, None].repeat(210, 1))
+    (tmp_path / "set").rename(tmp_path / "nodata")
+    assert np.array_equal(mosaic(made(tmp_path, classes=classes), 150, 210), wanted)
+    write_scene(path, np.where(np.arange(150)[:, None] // 20 == 2, 77, labels).astype(np.uint8)[None], nodata=77)
+    with rasterio.open(path, "r+") as file:
+        file.write_colormap(1, {v: tuple(colored(np.full((1, 1), v, np.uint8))[:, 0, 0]) for v in (10, 20, 21, 30, 99)})
+    (tmp_path / "set").rename(tmp_path / "masked")
+    assert np.array_equal(mosaic(made(tmp_path, classes=classes), 150, 210), wanted)
+
+
+def test_labels_of_no_scene_and_scenes_without_labels_are_named(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    write_pair(tmp_path, "b", seed=1)
+    (tmp_path / "labels" / "b.tif").rename(tmp_path / "labels" / "B.tif")
+    told: list[Event] = []
+    tile(request(tmp_path), told.append)
+    texts = [event.text for event in told if isinstance(event, Warned)]
+    assert any("1 files of labels belong to no scene (first B.tif)" in text for text in texts)
+    assert any("1 of 2 scenes have no labels (first 'b')" in text for text in texts)
+
+
+def test_few_labelled_pixels_are_labels(tmp_path: Path) -> None:
+    write_pair(tmp_path, height=1500, width=1500)
+    labels = np.full((1500, 1500), 99, np.uint8)
+    labels[7, 9] = 10
+    write_scene(tmp_path / "labels" / "a.tif", labels[None])
+    tile(request(tmp_path, tile_px=1500, val=Held(), test=Held()))
+    source = open_source(tmp_path / "set")
+    source.check()
+    assert source.split("100") == ["a_y00_x00"] and (source.read_mask(source.tiles()[0]) == 0).sum() == 1
+
+
+def test_labels_drawn_after_the_tiling_are_named(tmp_path: Path) -> None:
+    write_pair(tmp_path)
+    labels = write_labels(tmp_path / "labels" / "a.tif", 150, 210)
+    write_scene(tmp_path / "labels" / "a.tif", np.where(np.arange(210) < 96, labels, 99).astype(np.uint8)[None])
+    made(tmp_path)
+    write_scene(tmp_path / "labels" / "a.tif", labels[None])
+    with pytest.raises(DataError, match="had none when the dataset was laid out and has some now"):
+        open_source(tmp_path / "set").check()
 
 
 def test_polygons_at_fault_are_one_error(tmp_path: Path) -> None:

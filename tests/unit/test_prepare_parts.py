@@ -27,8 +27,8 @@ from rsmtdf_cache.prepare.pixels import image_side, read_colors, read_rgb, read_
 from rsmtdf_cache.prepare.plan import get_benchmark
 from rsmtdf_cache.prepare.potsdam import POTSDAM, with_clutter
 from rsmtdf_cache.prepare.splitting import Cell, deal, labeled_subsets, parse_percents, scenes_in_several
+from rsmtdf_cache.rasters.png import decode_png, encode_png
 from rsmtdf_cache.sources.landcover import RASTER_FOLDER
-from rsmtdf_cache.sources.png import decode_png, encode_png
 from tests.benchmarks import DEEPGLOBE_COLORS, POTSDAM_COLORS
 
 NOWHERE = Member("x", "x", Path("x"), 0, 0, 0)

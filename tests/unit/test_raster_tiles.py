@@ -112,6 +112,35 @@ def test_no_data_of_a_tile_is_invalid(root: Path) -> None:
     assert source.read_valid(source.tiles()[1])[1] is None
 
 
+def test_where_an_image_holds_no_data_a_plain_mask_has_no_label_either(root: Path) -> None:
+    image, mask = make_tile(0, PX)
+    alpha = np.full((1, PX, PX), 255, np.uint8)
+    alpha[0, :16] = 0
+    pixels = np.concatenate([image.transpose(2, 0, 1), alpha])
+    replace(root, "images", pixels, photometric="RGB", ALPHA="YES")
+    for index in range(1, 6):
+        replace(root, "images", np.concatenate([make_tile(index, PX)[0].transpose(2, 0, 1), alpha]), f"t{index:03}")
+    edit_header(root, pixels={"bands": [1, 2, 3]})
+    source = open_source(root)
+    source.check()
+    found = source.read_mask(source.tiles()[0])
+    assert (found[:16] == 255).all() and np.array_equal(found[16:], mask[16:])
+
+
+@pytest.mark.parametrize("part", [0.97, 0.6, 0.1])
+def test_a_png_that_is_cut_short_is_told_by_gdal_s_way_too(root: Path, part: float) -> None:
+    for folder in ("images", "masks"):
+        path = root / folder / "t000.png"
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+    edit_header(root, pixels={"bands": [1, 2, 3]}, labels={"kind": "values"})
+    source = open_source(root)
+    with pytest.raises(TileError, match="truncated"):
+        source.read_image(source.tiles()[0])
+    Image.fromarray(make_tile(0, PX)[0]).save(root / "images" / "t000.png")
+    with pytest.raises(DataError, match=r"masks/t000\.png: truncated"):
+        open_source(root).check()
+
+
 def test_masks_of_colours_and_of_other_values_become_class_numbers(root: Path) -> None:
     colors = np.array([[9, 9, 9], [0, 250, 0], [250, 0, 0]], np.uint8)
     for index in range(6):

@@ -29,6 +29,7 @@ __all__ = [
     "encode_png",
     "parse_png_header",
     "read_png_header",
+    "require_whole_png",
 ]
 
 GREY = 0
@@ -136,6 +137,14 @@ def _filtered(rows: NDArray[np.uint8], bands: int) -> NDArray[np.uint8]:
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def require_whole_png(path: Path) -> None:
+    """Raise ``PngError`` unless all chunks of the file are there and whole: GDAL makes up what is cut off."""
+    with path.open("rb") as file:
+        data = file.read()
+    parse_png_header(data)
+    _check_chunks(data)
 
 
 def _check_chunks(data: bytes) -> None:
