@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,4 +94,6 @@ def _root() -> None:
 
 def main() -> None:
     """Run the command line; ends the process with an exit code."""
+    # rasterio says this of its own rasters in memory while polygons are burnt; what lacks a place we say ourselves
+    warnings.filterwarnings("ignore", message="Dataset has no geotransform")
     app(prog_name="rsmtdf")
