@@ -109,10 +109,20 @@ def guard() -> Iterator[None]:
     except KeyboardInterrupt as error:
         what = "SIGTERM" if isinstance(error, _Terminated) else "Ctrl-C"
         message(f"interrupted ({what}); what is finished is kept, the same command continues", kind="stopped")
+        _forget_ctrl_c()
         raise SystemExit(_INTERRUPTED) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _forget_ctrl_c() -> None:
+    """Keep Python from dying of SIGINT at its very end, whatever the exit code.
+
+    It remembers a Ctrl-C that left code of an ``exec()``, as torch has it; the next string that is executed makes it
+    forget.
+    """
+    exec("")
 
 
 def _caught() -> list[signal.Signals]:
@@ -148,6 +158,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, RsmtdfError):
         if isinstance(error, Interrupted):
             message(str(error).removeprefix("stopped; "), kind="stopped")  # the kind says it
+            _forget_ctrl_c()
         else:
             message(str(error))
         return error.exit_code

@@ -82,7 +82,7 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Score a run: per-class IoU, F1, accuracy and boundary F1, their means, and the share of right pixels."""
-    from rsmtdf_cache.errors import MismatchError, UsageError, did_you_mean
+    from rsmtdf_cache.errors import DataError, MismatchError, UsageError, did_you_mean
     from rsmtdf_cache.files import sha256_file
     from rsmtdf_cache.sources import open_source
     from rsmtdf_cli.score_tables import show_calibration, show_confusion, show_groups, show_metrics
@@ -116,6 +116,7 @@ def evaluate(
             f"{', '.join(names)}; give the dataset it was trained for with --data"
         )
     asked = split if split is not None else identity.recipe.eval_split
+    source.check([asked])
     calibrated = calibration or out is not None
     measures = Measures(tolerance, calibrated, _grouping(source, asked, by))
     with progress(quiet) as sink:
@@ -130,6 +131,10 @@ def evaluate(
             models = {kind: model for kind, (model, _) in loaded.items()}
             scores = score(models, source, asked, chosen, sink, measures=measures)
     metrics = scores_to_json(identity, asked, scores, identity.recipe.total_steps)
+    if not any(found.pixel_accuracy is not None for found in scores.values()):
+        raise DataError(f"{source.root}: the masks of split {asked!r} hold no label at all; there is nothing to score")
+    shown = metrics["checkpoint"] if metrics["checkpoint"] in scores else next(iter(scores))
+    metrics |= {"data": str(source.root), "checkpoint": shown, "miou": scores[shown].miou}
     if whole_scenes:
         metrics["whole_scenes"] = asdict(windows)
     if dropped:
@@ -140,7 +145,6 @@ def evaluate(
     if json:
         emit_json(metrics)
         return
-    shown = metrics["checkpoint"] if metrics["checkpoint"] in scores else next(iter(scores))
     show_metrics(metrics, dropped)
     if measures.groups is not None:
         show_groups(metrics, shown)

@@ -231,6 +231,8 @@ def load_deployed(folder: RunFolder, kind: str, device: torch.device) -> tuple[F
 
     path = folder.deployed(kind)
     if not path.is_file():
+        if kind == "best" and folder.load_recipe().validation.keep != "best":
+            raise UsageError(f"{path}: this run keeps no best weights (validation.keep is not best in its recipe)")
         folder.load_recipe()
         raise UsageError(f"{path}: there is none, the run is not complete; the same `rsmtdf train` again finishes it")
     try:
@@ -243,6 +245,12 @@ def load_deployed(folder: RunFolder, kind: str, device: torch.device) -> tuple[F
         raise DataError(
             f"{path} is damaged or no student of rsmtdf ({_first_line(error)}); train the run again"
         ) from None
+    lost = next((n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
+    if lost is not None:
+        raise DataError(
+            f"{path}: its weights are not finite (NaN or infinity in {lost}), so all it says is chance; the run has "
+            "diverged or the file is damaged: train it again, with a lower rate or another precision"
+        )
     return model.to(device).eval().requires_grad_(False), identity
 
 

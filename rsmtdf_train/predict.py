@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from rsmtdf_cache.errors import DataError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, ignore_events
+from rsmtdf_cache.files import replace_file
 from rsmtdf_cache.sources.base import ClassInfo
 
 if TYPE_CHECKING:  # an exported file needs no torch
@@ -23,6 +25,8 @@ if TYPE_CHECKING:  # an exported file needs no torch
 __all__ = ["Prediction", "overlay", "palette_image", "predict_files", "predict_mask", "read_rgb"]
 
 _OPACITY = 0.5
+_KINDS = ("mask", "overlay")
+_SIGNED = ("Software", "rsmtdf predict")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,24 @@ def overlay(
     return mixed
 
 
+def _write(image: Image.Image, path: Path) -> None:
+    """Write a PNG file that says who wrote it, whole or not at all."""
+    from PIL.PngImagePlugin import PngInfo
+
+    said, data = PngInfo(), BytesIO()
+    said.add_text(*_SIGNED)
+    image.save(data, "PNG", pnginfo=said)
+    replace_file(path, data.getvalue())
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.info.get(_SIGNED[0]) == _SIGNED[1]
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
 def predict_files(
     mask_of: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
     classes: Sequence[ClassInfo],
@@ -88,9 +110,10 @@ def predict_files(
 ) -> list[Prediction]:
     """Write ``out/STEM_mask.png`` and ``out/STEM_overlay.png`` for each image and return what was written.
 
+    What an earlier call wrote is replaced, any other file is not.
     ``mask_of``: uint8 RGB ``[H, W, 3]`` to class numbers ``[H, W]``, such as ``predict_mask`` of a model.
     Every image is checked to exist, and their stems to differ, before anything is written. Raises ``UsageError`` for
-    two images of one stem, ``DataError`` for an image that cannot be used.
+    two images of one stem and a file in the way, ``DataError`` for an image that cannot be used.
     """
     stems: dict[str, Path] = {}
     for path in images:
@@ -101,15 +124,24 @@ def predict_files(
                 f"{stems[path.stem]} and {path} would both be written as {path.stem}_mask.png; run them into two --out"
             )
         stems[path.stem] = path
+    inputs = {path.resolve() for path in images}
+    for place in (out / f"{stem}_{kind}.png" for stem in stems for kind in _KINDS):
+        if place.resolve() in inputs:
+            raise UsageError(f"{place} is one of the images, and would be written over; give another --out")
+        if place.exists() and not _is_ours(place):
+            raise UsageError(
+                f"{place} is there and was not written by `rsmtdf predict`; it may be a label: give another --out, or "
+                "move it away"
+            )
     out.mkdir(parents=True, exist_ok=True)
     on_event(ProgressStart("predict", "predict", len(images), unit="images"))
     results = []
     for stem, path in stems.items():
         pixels = read_rgb(path)
         mask = mask_of(pixels)
-        paths = out / f"{stem}_mask.png", out / f"{stem}_overlay.png"
-        palette_image(mask, classes).save(paths[0])
-        Image.fromarray(overlay(pixels, mask, classes)).save(paths[1])
+        paths = out / f"{stem}_{_KINDS[0]}.png", out / f"{stem}_{_KINDS[1]}.png"
+        _write(palette_image(mask, classes), paths[0])
+        _write(Image.fromarray(overlay(pixels, mask, classes)), paths[1])
         counts = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
         shares = {c.name: float(v) for c, v in zip(classes, counts, strict=True)}
         results.append(Prediction(path, paths[0], paths[1], shares))

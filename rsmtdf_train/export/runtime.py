@@ -39,6 +39,11 @@ def run_session(session: Any, image_B3HW: NDArray[np.float32]) -> NDArray[np.flo
     """Return probabilities ``[B, C, H, W]`` of float RGB in 0..1."""
     (probabilities,) = session.run([OUTPUT], {INPUT: image_B3HW})
     found: NDArray[np.float32] = probabilities
+    if not np.isfinite(found).all():
+        raise DataError(
+            "the file gives probabilities that are not finite, so all it says is chance; its weights are damaged: "
+            "export the run again"
+        )
     return found
 
 

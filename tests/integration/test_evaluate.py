@@ -174,3 +174,69 @@ def test_an_image_that_is_no_rgb_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(DataError, match="not an image"):
         read_rgb(tmp_path / "text.png")
+
+
+def test_predict_writes_over_what_it_wrote_and_over_nothing_else(root: Path, tmp_path: Path) -> None:
+    image = root / "data" / "images" / "t000.png"
+    arguments = ["predict", root / "run", image, "--out", tmp_path, "--device", "cpu", "-q"]
+    assert call(*arguments)[0] == 0
+    first = (tmp_path / "t000_mask.png").read_bytes()
+    assert call(*arguments)[0] == 0 and (tmp_path / "t000_mask.png").read_bytes() == first
+    label = (root / "data" / "masks" / "t000.png").read_bytes()
+    (tmp_path / "t000_mask.png").write_bytes(label)
+    code, _, err = call(*arguments)
+    assert code == 2 and "t000_mask.png is there and was not written by `rsmtdf predict`" in err
+    assert (tmp_path / "t000_mask.png").read_bytes() == label
+
+
+def test_predict_never_writes_over_an_image_it_was_given(root: Path, tmp_path: Path) -> None:
+    for name in ("a", "a_mask"):
+        shutil.copy(root / "data" / "images" / "t000.png", tmp_path / f"{name}.png")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    code, _, err = call(
+        "predict", root / "run", *sorted(tmp_path.iterdir()), "--out", tmp_path, "--device", "cpu", "-q"
+    )
+    assert code == 2 and "is one of the images, and would be written over" in err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_eval_refuses_a_dataset_at_fault_and_names_the_one_it_scored(root: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(root / "data", tmp_path / "data"))
+    found = call_json("eval", root / "run", "--data", data, "--checkpoint", "student")
+    assert found["data"] == str(data) and found["checkpoint"] == "student"
+    assert found["miou"] == found["scores"]["student"]["miou"] is not None
+    (held,) = open_source(data).split("test")[:1]
+    (data / "masks" / f"{held}.png").unlink()
+    code, _, err = call("eval", root / "run", "--data", data, "--device", "cpu")
+    assert code == 3 and f"has no mask masks/{held}.png" in err
+
+
+def test_masks_without_any_label_are_nothing_to_score(root: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(root / "data", tmp_path / "data"))
+    for tile_id in open_source(data).split("test"):
+        Image.fromarray(np.full((64, 64), 255, np.uint8)).save(data / "masks" / f"{tile_id}.png")
+    code, _, err = call("eval", root / "run", "--data", data, "--device", "cpu")
+    assert code == 3 and "hold no label at all" in err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(root: Path, tmp_path: Path, value: float) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    run = Path(shutil.copytree(root / "run", tmp_path / "run"))
+    path = RunFolder(run).deployed("ema")
+    with safe_open(path, framework="pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    name = next(n for n in tensors if n.endswith("weight"))
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, path, header)
+    image = root / "data" / "images" / "t000.png"
+    for words in (["eval", run], ["predict", run, image, "--out", tmp_path / "p"], ["export", run]):
+        code, _, err = call(*words, *(["--device", "cpu"] if words[0] != "export" else []))
+        assert code == 3 and f"not finite (NaN or infinity in {name})" in err, err
+
+
+def test_best_weights_of_a_run_that_keeps_none_are_told_as_that(root: Path) -> None:
+    code, _, err = call("eval", root / "run", "--checkpoint", "best", "--device", "cpu")
+    assert code == 2 and "keeps no best weights" in err

@@ -273,3 +273,12 @@ def test_a_signal_whose_exception_was_lost_stops_the_command_at_the_next_event(n
     done = subprocess.run([sys.executable, "-c", LOSSY.format(name=name)], capture_output=True, text=True, timeout=60)
     assert done.stdout == "went on\n", done.stderr
     assert done.returncode == 5 and "continues" in done.stderr
+
+
+def test_a_ctrl_c_out_of_executed_code_ends_with_5(tmp_path: Path) -> None:
+    """Python would die of SIGINT at its end, after the exit code was set: torch executes code that it wrote."""
+    (tmp_path / "stopped.py").write_text(
+        "from rsmtdf_cli.console import guard\nwith guard():\n    exec('raise KeyboardInterrupt')\n"
+    )
+    found = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 5 and "interrupted (Ctrl-C)" in found.stderr, found.stderr
