@@ -167,7 +167,7 @@ def test_large_maps_are_thinned_out_and_keep_their_places(store: FeatureStore, m
 
 def test_hostile_names_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Datasets here have tame ids; a store that another program wrote need not."""
-    monkeypatch.setattr("rsmtdf_cache.sources.folder._ID", re.compile(".+"))
+    monkeypatch.setattr("rsmtdf_cache.sources.listed._ID", re.compile(".+"))
     name = HOSTILE.replace("/", "")  # a tile is a file, too
     data = write_dataset(tmp_path / "data", tiles=4, tile_px=64)
     for folder in ("images", "masks"):
