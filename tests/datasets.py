@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["make_tile", "write_dataset", "write_split"]
+__all__ = ["edit_header", "make_tile", "png", "write_dataset", "write_split"]
 
 _COLORS = ((40, 70, 150), (50, 120, 60), (200, 170, 90), (160, 60, 60), (220, 220, 230), (120, 90, 160))
 
@@ -87,3 +89,21 @@ def write_dataset(
         rows = [f"t{i:03},EPSG:4326,{step!r},0.0,{float(i)!r},0.0,{-step!r},50.0" for i in range(tiles)]
         (root / "georeference.csv").write_text("\n".join(["id,crs,a,b,c,d,e,f", *rows]) + "\n")
     return root
+
+
+def edit_header(root: Path, **changes: object) -> None:
+    """Change keys of ``dataset.yaml``."""
+    path = root / "dataset.yaml"
+    header = yaml.safe_load(path.read_text())
+    header.update(changes)
+    path.write_text(yaml.safe_dump(header))
+
+
+def png(width: int, height: int, bit_depth: int, color_type: int, rows: bytes) -> bytes:
+    """Return a PNG file of these raw rows; Pillow cannot write 16-bit RGB."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")

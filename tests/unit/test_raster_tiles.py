@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,7 +15,7 @@ from rsmtdf_cache.errors import DataError, TileError
 from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.sources.survey import survey
 from rsmtdf_cache.tile_digests import TileDigests
-from tests.datasets import make_tile, write_dataset
+from tests.datasets import edit_header, make_tile, png, write_dataset
 from tests.scenes import write_scene
 
 PX = 32
@@ -25,13 +24,6 @@ PX = 32
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "data", tiles=6, tile_px=PX)
-
-
-def edit_header(root: Path, **changes: object) -> None:
-    path = root / "dataset.yaml"
-    header = yaml.safe_load(path.read_text())
-    header.update(changes)
-    path.write_text(yaml.safe_dump(header))
 
 
 def replace(root: Path, folder: str, pixels: NDArray[Any], name: str = "t000", suffix: str = ".tif", **p: Any) -> None:
@@ -187,15 +179,7 @@ def test_1_bit_masks_are_classes_0_and_1_and_palettes_their_indices(root: Path) 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_grey_masks_of_2_and_4_bits_are_refused(root: Path, bits: int) -> None:
     """Viewers write them stretched to 255: the number in the file is not what one sees."""
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = b"".join(b"\0" + bytes(PX * bits // 8) for _ in range(PX))
-    header = struct.pack(">IIBBBBB", PX, PX, bits, 0, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    data = png(PX, PX, bits, 0, b"".join(b"\0" + bytes(PX * bits // 8) for _ in range(PX)))
     (root / "masks" / "t000.png").write_bytes(data)
     with pytest.raises(DataError, match=f"found {bits}-bit grey"):
         open_source(root).check()

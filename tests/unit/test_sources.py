@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from rsmtdf_cache.errors import DataError, TileError
 from rsmtdf_cache.sources import Georeference, TileSource, open_source
 from rsmtdf_cache.sources.survey import class_pixels, survey
-from tests.datasets import make_tile, write_dataset, write_split
+from tests.datasets import edit_header, make_tile, png, write_dataset, write_split
 
 PX = 32
 
@@ -24,23 +21,6 @@ PX = 32
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "data", tiles=6, tile_px=PX)
-
-
-def edit_header(root: Path, **changes: object) -> None:
-    path = root / "dataset.yaml"
-    header = yaml.safe_load(path.read_text())
-    header.update(changes)
-    path.write_text(yaml.safe_dump(header))
-
-
-def png(width: int, height: int, bit_depth: int, color_type: int, rows: bytes) -> bytes:
-    """Return a PNG file of these raw rows; Pillow cannot write 16-bit RGB."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def files(root: Path) -> dict[str, bytes]:
