@@ -18,6 +18,7 @@ from rsmtdf_cache.files import fsync_folder, no_step, publish_json, read_json, r
 from rsmtdf_cache.files import sha256_file as _sha256
 from rsmtdf_cache.layout import ArraySet, Part, StorePaths
 from rsmtdf_cache.quality import Quality
+from rsmtdf_cache.readcheck import has_sha256
 from rsmtdf_cache.records import Commit, SetRecord, ShardRecord, read_commit, read_dropped, read_set
 from rsmtdf_cache.segment import read_segment_commits, read_segment_stats, write_segment
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec, NumericsProfile, digest_of
@@ -26,9 +27,11 @@ from rsmtdf_cache.tiles import TileRecord, TileTable, read_segment, segment_byte
 
 __all__ = ["Commit", "Ledger", "SEGMENTS_MAX", "SetRecord", "ShardRecord", "TAIL_MAX"]
 
-#: That many commit records are folded into a segment, that many segments into one.
+#: That many commit records are folded into a segment, that many segments into one; a large one is left alone, so that
+#: folding takes the same memory however large the store.
 TAIL_MAX = 256
 SEGMENTS_MAX = 16
+SEGMENT_NBYTES_LARGE = 64 * 2**20
 
 _Segments = Mapping[int, Sequence[TileRecord]]
 
@@ -51,7 +54,8 @@ class Ledger:
     dropped: frozenset[tuple[str, str]] = frozenset()
     table: TileTable = field(init=False)
     commits: dict[str, dict[int, Commit]] = field(init=False)
-    _stats: dict[tuple[str, int, int, str], ChannelStats] | None = None
+    _stats: dict[tuple[str, str], dict[tuple[int, int], ChannelStats]] = field(default_factory=dict)
+    _totals: dict[FeatureKey, ChannelStats] = field(default_factory=dict)
     _calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,9 +127,13 @@ class Ledger:
 
     def stats(self, key: FeatureKey) -> ChannelStats:
         """Return the statistics of all committed shards of ``key``, added in row order."""
-        commits = self.commits[self.set_of(key)]
-        parts = [self.stats_of(commits[g], key.layer) for g in self.shards(key)]
-        return ChannelStats.total(parts, self.specs()[key].layer.channels)
+        if key not in self._totals:
+            name = self.set_of(key)
+            commits, known = self.commits[name], dict(self._stats)
+            parts = (self.stats_of(commits[g], key.layer) for g in self.shards(key))
+            self._totals[key] = ChannelStats.total(parts, self.specs()[key].layer.channels)
+            self._stats = known  # the sum stays, not what it was made of
+        return self._totals[key]
 
     def stats_of(self, commit: Commit, layer: str) -> ChannelStats:
         """Return the statistics of one shard of features, from its record or the segment it was compacted into."""
@@ -134,20 +142,30 @@ class Ledger:
             raise KeyError(layer)
         if shard.stats is not None:
             return shard.stats
-        if self._stats is None:
-            self._stats = {k: v for path in _segment_files(self.paths) for k, v in read_segment_stats(path)}
+        array = (commit.set_id, layer)
+        if array not in self._stats:
+            self._stats[array] = {
+                (group, generation): stats
+                for path in _segment_files(self.paths)
+                for (_, group, generation, _), stats in read_segment_stats(path, array)
+            }
         try:
-            return self._stats[commit.set_id, commit.group, commit.generation, layer]
+            return self._stats[array][commit.group, commit.generation]
         except KeyError:
             raise FindingsError(f"{self.paths.segments}: lack the statistics of {shard.path}") from None
 
-    def complete(self, commit: Commit) -> Commit:
-        """Return ``commit`` with the statistics of every shard read."""
-        shards = tuple(
-            replace(s, stats=self.stats_of(commit, s.layer) if s.part == "features" else ChannelStats.empty(0))
-            for s in commit.shards
-        )
-        return replace(commit, shards=shards)
+    def complete(
+        self, commit: Commit, known: Mapping[tuple[str, int, int, str], ChannelStats] | None = None
+    ) -> Commit:
+        """Return ``commit`` with the statistics of every shard, those not ``known`` read."""
+
+        def stats(shard: ShardRecord) -> ChannelStats:
+            if shard.part != "features":
+                return ChannelStats.empty(0)
+            found = (known or {}).get((commit.set_id, commit.group, commit.generation, shard.layer))
+            return found or self.stats_of(commit, shard.layer)
+
+        return replace(commit, shards=tuple(replace(s, stats=stats(s)) for s in commit.shards))
 
     def snapshot(self) -> str:
         """Return the identity of the content: no time, host or order of commits in it (decision 7)."""
@@ -219,7 +237,7 @@ class Ledger:
             raise MismatchError(
                 f"{self.paths.root}: another builder added tiles at row {first_row}; run the command again"
             )
-        self.segments = {**self.segments, first_row: list(records)}
+        self.segments = {**self.segments, first_row: records}
         self.table = TileTable(list(self.segments.items()))
 
     def add_calibration(self, calibration: Calibration) -> str:
@@ -259,6 +277,7 @@ class Ledger:
             commit = read_commit(path)
         known = self.generations.setdefault((commit.set_id, commit.group), {})
         known[commit.generation] = commit
+        self._totals.clear()
         self.commits[commit.set_id][commit.group] = known[max(known)]
         return commit
 
@@ -272,24 +291,26 @@ class Ledger:
 
     def compact(self, tail_max: int = TAIL_MAX) -> None:
         """Fold commit records into a segment when there are more than ``tail_max``. Only under the build lock."""
-        tail, files = _commit_files(self.paths), _segment_files(self.paths)
+        tail = _commit_files(self.paths)
+        files = [p for p in _segment_files(self.paths) if p.stat().st_size < SEGMENT_NBYTES_LARGE]
         if len(tail) <= tail_max and len(files) <= SEGMENTS_MAX:
             return
         old = files if len(files) > SEGMENTS_MAX else []
         moved = {(c.set_id, c.group, c.generation) for path in tail for c in [read_commit(path)]}
         moved |= {(c.set_id, c.group, c.generation) for path in old for c in read_segment_commits(path)}
         commits = [self.generations[name, group][generation] for name, group, generation in sorted(moved)]
-        new = write_segment(self.paths.segments, map(self.complete, commits))
+        known = {k: v for path in old for k, v in read_segment_stats(path)}  # of these alone, not of all segments
+        new = write_segment(self.paths.segments, (self.complete(c, known) for c in commits))
         for path in [*tail, *(p for p in old if p != new)]:
             remove_file(path)
         for folder in {path.parent for path in tail}:
             fsync_folder(folder)
-        self._stats = None
+        self._stats = {}
         for name, group, generation in moved:
-            known = self.generations[name, group]
-            thin = tuple(replace(s, stats=None) for s in known[generation].shards)
-            known[generation] = replace(known[generation], shards=thin)
-            self.commits[name][group] = known[max(known)]
+            units = self.generations[name, group]
+            thin = tuple(replace(s, stats=None) for s in units[generation].shards)
+            units[generation] = replace(units[generation], shards=thin)
+            self.commits[name][group] = units[max(units)]
 
     def dropped_json(self) -> dict[str, Any]:
         """Return what ``dropped.json`` says: the pairs of set and layer, their specs, and what set records say of them.
@@ -309,6 +330,7 @@ class Ledger:
 
     def _write_dropped(self, arrays: frozenset[tuple[str, str]]) -> None:
         self.dropped = arrays
+        self._totals.clear()
         replace_json(self.paths.dropped, self.dropped_json())
 
 
@@ -356,9 +378,9 @@ def _load_segments(paths: StorePaths) -> dict[int, Sequence[TileRecord]]:
         if path.stem != f"{first_row:010d}" or name != f"{first_row:010d}.parquet":
             raise FindingsError(f"{path}: the record names row {first_row} and file {name!r}")
         file = path.parent / name
-        if not file.is_file() or _sha256(file) != digest:
+        if not file.is_file() or not has_sha256(file, str(digest)):
             raise FindingsError(f"{file}: the tile table is missing or damaged (its sha256 is not the recorded one)")
-        segments[first_row] = read_segment(file)
+        segments[first_row] = read_segment(file, body.get("splits"))
         if len(segments[first_row]) != rows:
             raise FindingsError(f"{file}: {len(segments[first_row])} rows, the record says {rows}")
     return segments

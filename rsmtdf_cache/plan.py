@@ -227,8 +227,7 @@ def check_space(out: Path, ledger: Ledger, sets: list[ArraySet], groups: list[in
 
 def rows_of_group(table: TileTable, group: int, group_rows: int) -> list[int]:
     """Return the rows of a group that have a tile."""
-    stop = min(len(table), (group + 1) * group_rows)
-    return [r for r in range(group * group_rows, stop) if table.records[r] is not None]
+    return table.rows_between(group * group_rows, (group + 1) * group_rows)
 
 
 def decide_profile(request: BuildRequest, teacher: Teacher) -> NumericsProfile:

@@ -1,4 +1,4 @@
-"""Which shards were compared with their sha256 on this node since it started: one process looks, the others trust it.
+"""Which shards and tables were compared with their sha256 on this node since it started: one process looks, the others trust it.
 
 A mark is an empty file named after what identifies the bytes on the disk: path, inode, size, times and the recorded
 sha256. It lies in a folder of this user that the system empties, and holds for this boot only: a later flip of a bit
@@ -13,7 +13,9 @@ import stat
 import tempfile
 from pathlib import Path
 
-__all__ = ["is_checked", "mark_checked"]
+from rsmtdf_cache.files import sha256_file
+
+__all__ = ["has_sha256", "is_checked", "mark_checked"]
 
 
 def is_checked(path: Path, sha256: str) -> bool:
@@ -30,6 +32,19 @@ def mark_checked(path: Path, sha256: str) -> None:
             (folder / _name(path, sha256)).touch(mode=0o600)
         except OSError:
             return
+
+
+def has_sha256(path: Path, sha256: str) -> bool:
+    """Whether the file at ``path`` has this ``sha256``; its bytes are read for that once on this node.
+
+    Raises ``FileNotFoundError``.
+    """
+    if is_checked(path, sha256):
+        return True
+    same = sha256_file(path) == sha256
+    if same:
+        mark_checked(path, sha256)
+    return same
 
 
 def _name(path: Path, sha256: str) -> str:

@@ -25,7 +25,7 @@ __all__ = ["Commit", "SetRecord", "ShardRecord", "read_commit", "read_dropped", 
 _HEX64 = re.compile("[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardRecord:
     """One committed shard: where it lies, what its bytes are, what they hold.
 
@@ -45,7 +45,7 @@ class ShardRecord:
         return "scale" if self.path.split("/")[4:5] == ["scale"] else "features"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Commit:
     """One committed unit: rows ``[start, stop)`` of a row group, one shard per layer.
 

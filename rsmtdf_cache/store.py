@@ -188,7 +188,7 @@ class FeatureStore:
         commits = self._commits(key)
         for group in self._records[key, "features"]:
             mask[commits[group].start : commits[group].stop] = True
-        return mask & np.array([r is not None for r in self.tiles.records], np.bool_)
+        return mask & self.tiles.filled
 
     def read(
         self,

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import FindingsError
-from rsmtdf_cache.parquet import read_plain, write_plain
-from rsmtdf_cache.specs import digest_of
+from rsmtdf_cache.parquet import write_plain
+from rsmtdf_cache.tile_columns import (
+    TileColumns,
+    TileRecord,
+    affines_of,
+    contents_of,
+    ids_of,
+    splits_of,
+    texts_of,
+)
 
-__all__ = ["TileRecord", "TileTable", "pixel_digest", "read_segment", "segment_bytes"]
+__all__ = ["TileColumns", "TileRecord", "TileTable", "pixel_digest", "read_segment", "segment_bytes"]
 
 
 #: A hole is shorter than a row group, whose rows ``manifest.py`` bounds.
 _HOLE_ROWS_MAX = 2**24
+#: Rows that are written as text at a time.
+_STRIDE = 8192
+#: The splits that people expect first, in this order.
+_USUAL = ("train", "val", "test")
 
 
 def pixel_digest(image: NDArray[np.uint8]) -> bytes:
@@ -30,51 +44,79 @@ def pixel_digest(image: NDArray[np.uint8]) -> bytes:
     return total.digest()
 
 
-@dataclass(frozen=True)
-class TileRecord:
-    """One row of the table. ``affine`` is empty when the place of the tile is not known."""
+class _Rows(Sequence[TileRecord | None]):
+    """The records by row; None for holes. Records of files are made when they are looked at."""
 
-    id: str
-    digest: bytes
-    split: str
-    source: str
-    crs: str = ""
-    affine: tuple[float, ...] = ()
+    def __init__(self, segments: Sequence[tuple[int, Sequence[TileRecord]]], rows: int) -> None:
+        self._segments, self._rows = segments, rows
+        self._firsts = [first for first, _ in segments]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "id": self.id, "digest": self.digest.hex(), "split": self.split, "source": self.source,
-            "crs": self.crs, "affine": list(self.affine),
-        }  # fmt: skip
+    def __len__(self) -> int:
+        return self._rows
+
+    def __iter__(self) -> Iterator[TileRecord | None]:
+        row = 0
+        for first, records in self._segments:
+            for _ in range(row, first):
+                yield None
+            yield from records
+            row = first + len(records)
+
+    @overload
+    def __getitem__(self, index: int) -> TileRecord | None: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TileRecord | None]: ...
+
+    def __getitem__(self, index: int | slice) -> TileRecord | None | list[TileRecord | None]:
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(self._rows))]
+        row = index + self._rows if index < 0 else index
+        if not 0 <= row < self._rows:
+            raise IndexError(index)
+        first, records = self._segments[bisect_right(self._firsts, row) - 1]
+        return records[row - first] if 0 <= row - first < len(records) else None
 
 
 class TileTable:
     """Tiles by row. Rows come in segments; between two segments there can be holes (row groups never change)."""
 
     def __init__(self, segments: Sequence[tuple[int, Sequence[TileRecord]]] = ()) -> None:
-        self.records: list[TileRecord | None] = []
-        for first_row, records in sorted(segments, key=lambda s: s[0]):
-            if first_row < len(self.records):
+        """Raise ``FindingsError`` for segments that overlap. That no id stands twice is seen when ids are looked at."""
+        self._segments = sorted(((first, r) for first, r in segments if len(r)), key=lambda s: s[0])
+        rows = 0
+        for first_row, records in self._segments:
+            if first_row < rows:
                 raise FindingsError(f"tile table: the segment at row {first_row} overlaps the one before it")
-            if first_row - len(self.records) > _HOLE_ROWS_MAX:
-                raise FindingsError(f"tile table: {first_row - len(self.records)} empty rows before row {first_row}")
-            self.records += [None] * (first_row - len(self.records))
-            self.records += records
-        self.ids = [r.id if r else "" for r in self.records]
-        self._rows = {r.id: row for row, r in enumerate(self.records) if r}
-        if len(self._rows) != sum(1 for r in self.records if r):
-            raise FindingsError("tile table: a tile id stands twice")
+            if first_row - rows > _HOLE_ROWS_MAX:
+                raise FindingsError(f"tile table: {first_row - rows} empty rows before row {first_row}")
+            rows = first_row + len(records)
+        self.records: Sequence[TileRecord | None] = _Rows(self._segments, rows)
 
     def __len__(self) -> int:
         """Return the number of rows, holes included."""
         return len(self.records)
 
     def __contains__(self, tile_id: object) -> bool:
-        return tile_id in self._rows
+        return tile_id in self._row_by_id
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Tile ids by row, empty texts for holes."""
+        return self.texts("id")
+
+    @cached_property
+    def _row_by_id(self) -> dict[str, int]:
+        rows: dict[str, int] = {}
+        for first, records in self._segments:
+            rows.update(zip(ids_of(records), range(first, first + len(records)), strict=True))
+        if len(rows) != sum(len(records) for _, records in self._segments):
+            raise FindingsError("tile table: a tile id stands twice")
+        return rows
 
     def row_of(self, tile_id: str) -> int:
         """Return the row of a tile. Raises ``KeyError``."""
-        return self._rows[tile_id]
+        return self._row_by_id[tile_id]
 
     def record(self, row: int) -> TileRecord:
         """Return the tile of ``row``. Raises ``KeyError`` for a hole."""
@@ -83,20 +125,87 @@ class TileTable:
             raise KeyError(row)
         return found
 
+    def check(self) -> None:
+        """Raise ``FindingsError`` when a segment cannot be read, or a tile id stands twice."""
+        for _, records in self._segments:
+            if isinstance(records, TileColumns):
+                records.check()
+        assert self._row_by_id is not None  # made now, if it can be
+
+    def texts(self, name: str) -> list[str]:
+        """Return the column ``id``, ``split``, ``source`` or ``crs`` by row, empty texts for holes."""
+        found: list[str] = []
+        for first, records in self._segments:
+            found += [""] * (first - len(found))
+            found += texts_of(records, name)
+        return found
+
+    @property
+    def filled(self) -> NDArray[np.bool_]:
+        """Whether a row has a tile ``[rows]``."""
+        mask = np.zeros(len(self), np.bool_)
+        for first, records in self._segments:
+            mask[first : first + len(records)] = True
+        return mask
+
+    def rows_between(self, start: int, stop: int) -> list[int]:
+        """Return the rows from ``start`` to before ``stop`` that have a tile."""
+        rows: list[int] = []
+        for first, records in self._segments:
+            rows += range(max(start, first), min(stop, first + len(records)))
+        return rows
+
     @property
     def digests(self) -> NDArray[np.uint8]:
         """Content digests ``[rows, 32]`` uint8, zeros for holes."""
-        joined = b"".join(r.digest if r else bytes(32) for r in self.records)
-        return np.frombuffer(joined, np.uint8).reshape(-1, 32)
+        found = np.zeros((len(self), 32), np.uint8)
+        for first, records in self._segments:
+            found[first : first + len(records)] = contents_of(records)
+        return found
+
+    @property
+    def affines(self) -> NDArray[np.float64]:
+        """Affine coefficients ``[rows, 6]`` of the tiles' places, NaN where not known."""
+        found = np.full((len(self), 6), np.nan)
+        for first, records in self._segments:
+            found[first : first + len(records)] = affines_of(records)
+        return found
 
     @property
     def splits(self) -> dict[str, int]:
         """Number of tiles per split."""
-        return dict(Counter(r.split for r in self.records if r))
+        total: Counter[str] = Counter()
+        for _, records in self._segments:
+            total.update(splits_of(records))
+        return {name: total[name] for name in (*_USUAL, *sorted(set(total) - set(_USUAL))) if name in total}
 
     def digest(self) -> str:
         """Return the identity of the table: ids, contents and rows; not splits, paths or places."""
-        return digest_of([[r.id, r.digest.hex()] if r else None for r in self.records])
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        """Sha256 of the canonical JSON of ``[[id, digest], …]``, null for a hole, written piece by piece."""
+        total = hashlib.sha256(b"[")
+        comma = b""
+        for part in self._json_parts():
+            total.update(comma + part.encode())
+            comma = b","
+        total.update(b"]")
+        return total.hexdigest()
+
+    def _json_parts(self) -> Iterator[str]:
+        row = 0
+        for first, records in self._segments:
+            for start in range(row, first, _STRIDE):
+                yield ",".join(["null"] * (min(first, start + _STRIDE) - start))
+            ids, contents = ids_of(records), contents_of(records)
+            for start in range(0, len(ids), _STRIDE):
+                names = json.dumps(ids[start : start + _STRIDE], ensure_ascii=False, separators=("\n", ":"))[1:-1]
+                digests = contents[start : start + _STRIDE].tobytes().hex("\n", -32)
+                pairs = zip(names.split("\n"), digests.split("\n"), strict=True)
+                yield ",".join([f'[{name},"{digest}"]' for name, digest in pairs])
+            row = first + len(records)
 
 
 def segment_bytes(records: Iterable[TileRecord]) -> bytes:
@@ -116,10 +225,11 @@ def segment_bytes(records: Iterable[TileRecord]) -> bytes:
     )
 
 
-def read_segment(path: Path) -> list[TileRecord]:
-    """Return the records of a segment file. Raises ``FindingsError`` when it is damaged."""
-    columns = read_plain(path, ("id", "digest", "split", "source", "crs", "affine"), row_nbytes=32)
-    try:
-        return [TileRecord(i, d, s, o, c, tuple(a)) for i, d, s, o, c, a in zip(*columns.values(), strict=True)]
-    except (TypeError, ValueError) as error:
-        raise FindingsError(f"{path}: the tile table is damaged ({error})") from None
+def read_segment(path: Path, splits: object = None) -> TileColumns:
+    """Return the tiles of a segment file, read when they are looked at.
+
+    ``splits``: tiles by split, as its record says. Raises ``FindingsError`` when it is no plain Parquet file;
+    ``check`` of what is returned reads all of it.
+    """
+    known = splits if isinstance(splits, dict) and all(isinstance(n, int) for n in splits.values()) else None
+    return TileColumns(path, known)

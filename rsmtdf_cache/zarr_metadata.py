@@ -62,11 +62,10 @@ def derived_files(manifest: Manifest, ledger: Ledger) -> dict[str, bytes]:
     table = ledger.table
     _column(root, "tile", table.ids, "tile id; '' marks a row without a tile")
     tiles = root.create_group("tiles")
-    _column(tiles, "split", [r.split if r else "" for r in table.records], "split of the dataset")
-    _column(tiles, "source", [r.source if r else "" for r in table.records], "image file below the dataset's folder")
-    _column(tiles, "crs", [r.crs if r else "" for r in table.records], "coordinate reference system; '' = not known")
-    affine = [r.affine if r and r.affine else (np.nan,) * 6 for r in table.records]
-    _array(tiles, "affine", np.asarray(affine, np.float64).reshape(len(table), 6), ("tile", "coefficient"),
+    _column(tiles, "split", table.texts("split"), "split of the dataset")
+    _column(tiles, "source", table.texts("source"), "image file below the dataset's folder")
+    _column(tiles, "crs", table.texts("crs"), "coordinate reference system; '' = not known")
+    _array(tiles, "affine", table.affines, ("tile", "coefficient"),
            "x = a*column + b*row + c, y = d*column + e*row + f")  # fmt: skip
     _array(tiles, "content", table.digests, ("tile", "byte"), "sha256 of the decoded pixels")
     for key, spec in sorted(ledger.specs().items(), key=lambda item: str(item[0])):

@@ -151,6 +151,7 @@ def _rebuild_record(
 ) -> bool:
     try:
         tiles = read_segment(file)
+        tiles.check()
         body = {
             "first_row": int(record.stem), "rows": len(tiles), "file": file.name, "sha256": sha256_file(file),
             "splits": TileTable([(0, tiles)]).splits,

@@ -65,7 +65,7 @@ def survey(paths: StorePaths) -> Survey:
     found = Survey(paths, Ledger(paths))
     # Against the order of publication, like ``Ledger.load``: nothing names what was not read yet.
     found.commits = list(_each(found, sorted((paths.ledger / "commits").glob("*/*.json")), read_commit))
-    for part in _each(found, _visible(paths.segments, "*.parquet"), read_segment_commits):
+    for part in _each(found, _visible(paths.segments, "*.parquet"), lambda p: read_segment_commits(p, again=True)):
         found.commits += part
     dropped = next(_each(found, _present(paths.dropped), read_dropped), frozenset())
     sets = {s.arrays.id: s for s in _each(found, sorted((paths.ledger / "sets").glob("*.json")), read_set)}
@@ -152,7 +152,8 @@ def _segments(found: Survey) -> dict[int, Sequence[TileRecord]]:
         try:
             if sha256_file(file) != body["sha256"]:
                 raise FindingsError(f"{file}: the tile table is damaged (its sha256 is not the recorded one)")
-            records = read_segment(file)
+            records = read_segment(file, body.get("splits"))
+            records.check()
             if len(records) != body["rows"]:
                 raise FindingsError(f"{file}: {len(records)} rows, the record says {body['rows']}")
         except FileNotFoundError:
@@ -187,7 +188,7 @@ def _ledger(
     generations: dict[tuple[str, int], dict[int, Commit]], dropped: frozenset[tuple[str, str]],
 ) -> Ledger:  # fmt: skip
     try:
-        TileTable(list(segments.items()))
+        TileTable(list(segments.items())).check()
     except FindingsError as error:
         found.findings.append(Finding("ledger/tiles", str(error)))
         segments = {}
