@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -96,4 +97,6 @@ def main() -> None:
     """Run the command line; ends the process with an exit code."""
     # rasterio says this of its own rasters in memory while polygons are burnt; what lacks a place we say ourselves
     warnings.filterwarnings("ignore", message="Dataset has no geotransform")
+    # Looking for plugins of pydantic reads the metadata of every installed package, at each start.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     app(prog_name="rsmtdf")

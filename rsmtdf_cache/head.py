@@ -31,6 +31,7 @@ __all__ = [
     "read_head",
     "record_files",
     "record_snapshot",
+    "recorded_snapshot",
     "write_head",
 ]
 
@@ -69,6 +70,19 @@ def write_head(paths: StorePaths, manifest: Manifest, ledger: Ledger, final: boo
 def read_head(paths: StorePaths) -> Head:
     """Return the head on disk. Raises ``FindingsError`` when it is damaged, ``FileNotFoundError`` when absent."""
     return parse_head(read_json(paths.head), str(paths.head))
+
+
+def recorded_snapshot(paths: StorePaths, ledger: Ledger) -> str:
+    """Return the snapshot of ``ledger``: as the head says where it is of the same content, else computed.
+
+    For people who ask what is there: the tile table is not read for it. A run or a snapshot's reader computes it.
+    """
+    try:
+        head = read_head(paths)
+    except FileNotFoundError:
+        return ledger.snapshot()
+    same = head.content.to_json() == ledger.content().to_json()  # which puts layers in one order
+    return head.snapshot if same else ledger.snapshot()
 
 
 def load_whole(paths: StorePaths) -> Ledger:

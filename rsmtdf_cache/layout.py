@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -123,8 +124,8 @@ class ArraySet:
 
     specs: tuple[FeatureSpec, ...]
 
-    @property
-    def id(self) -> str:
+    @cached_property
+    def id(self) -> str:  # asked for once a unit, and a digest of everything the set is
         return set_id(self.specs)
 
     @property

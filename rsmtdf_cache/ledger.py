@@ -380,7 +380,5 @@ def _load_segments(paths: StorePaths) -> dict[int, Sequence[TileRecord]]:
         file = path.parent / name
         if not file.is_file() or not has_sha256(file, str(digest)):
             raise FindingsError(f"{file}: the tile table is missing or damaged (its sha256 is not the recorded one)")
-        segments[first_row] = read_segment(file, body.get("splits"))
-        if len(segments[first_row]) != rows:
-            raise FindingsError(f"{file}: {len(segments[first_row])} rows, the record says {rows}")
+        segments[first_row] = read_segment(file, rows, body.get("splits"))
     return segments

@@ -18,7 +18,7 @@ from rsmtdf_cache.codecs import Codec, Codes, codec_name
 from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, MismatchError, ResourceError, UsageError, did_you_mean
 from rsmtdf_cache.files import read_json
-from rsmtdf_cache.head import find_snapshot, load_whole
+from rsmtdf_cache.head import find_snapshot, load_whole, recorded_snapshot
 from rsmtdf_cache.layout import Part, StorePaths, contradiction, parts_of, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import load_manifest
@@ -299,7 +299,7 @@ class FeatureStore:
             "path": self.shown, "format_version": self.manifest.version, "dataset": self.manifest.dataset,
             "attribution": self.manifest.attribution, "tile_px": self.tile_px, "group_rows": self.manifest.group_rows,
             "tiles": sum(self.tiles.splits.values()), "quarantined": self.quarantined, "splits": self.tiles.splits,
-            "snapshot": self.snapshot,
+            "snapshot": recorded_snapshot(self.paths, self.ledger),
             "nbytes": sum(a["nbytes"] for a in arrays),
             "teachers": [t.to_json() for _, t in sorted(teachers.items())],
             "profiles": [dict(p) for p in sorted({tuple(sorted(self._profile(k).items())) for k in self.keys()})],

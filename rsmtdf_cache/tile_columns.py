@@ -49,10 +49,15 @@ class TileColumns(Sequence[TileRecord]):
     raises ``FindingsError`` at the first look at its rows, and at once in ``check``. Safe among threads.
     """
 
-    def __init__(self, path: Path, splits: Mapping[str, int] | None = None) -> None:
-        """Raise ``FindingsError`` for a file that is not plain Parquet. ``splits``: tiles by split, where recorded."""
+    def __init__(self, path: Path, rows: int | None = None, splits: Mapping[str, int] | None = None) -> None:
+        """``rows``, ``splits``: tiles, in all and by split, where recorded: then the file is not looked into here.
+
+        Raises ``FindingsError`` for a file that is not plain Parquet, or too small for its rows.
+        """
+        if rows is not None and not 0 <= rows * _ROW_NBYTES <= path.stat().st_size:
+            raise FindingsError(f"{path}: {path.stat().st_size} bytes, the record says {rows} rows")
         self._path = path
-        self._rows = count_rows(path, _ROW_NBYTES)
+        self._rows = count_rows(path, _ROW_NBYTES) if rows is None else rows
         self._splits = None if splits is None else dict(splits)
         self._columns: dict[str, Any] = {}
         self._lists: dict[str, list[Any]] = {}
@@ -138,8 +143,9 @@ class TileColumns(Sequence[TileRecord]):
             raise FindingsError(f"{self._path}: the tile table is missing; it was there when it was opened") from None
         except (pa.ArrowException, ValueError) as error:
             raise FindingsError(f"{self._path}: the tile table is damaged ({error})") from None
-        empty = column.null_count + (column.values.null_count if name == "affine" else 0)
-        if len(column) != self._rows or empty:
+        if len(column) != self._rows:
+            raise FindingsError(f"{self._path}: {len(column)} rows, the record says {self._rows}")
+        if column.null_count or (name == "affine" and column.values.null_count):
             raise FindingsError(f"{self._path}: the tile table is damaged (the column {name!r} lacks values)")
         return column
 

@@ -225,11 +225,11 @@ def segment_bytes(records: Iterable[TileRecord]) -> bytes:
     )
 
 
-def read_segment(path: Path, splits: object = None) -> TileColumns:
+def read_segment(path: Path, rows: int | None = None, splits: object = None) -> TileColumns:
     """Return the tiles of a segment file, read when they are looked at.
 
-    ``splits``: tiles by split, as its record says. Raises ``FindingsError`` when it is no plain Parquet file;
-    ``check`` of what is returned reads all of it.
+    ``rows``, ``splits``: tiles, in all and by split, as its record says. Raises ``FindingsError`` when the file is
+    too small for them or, without them, no plain Parquet file; ``check`` of what is returned reads all of it.
     """
     known = splits if isinstance(splits, dict) and all(isinstance(n, int) for n in splits.values()) else None
-    return TileColumns(path, known)
+    return TileColumns(path, rows, known)

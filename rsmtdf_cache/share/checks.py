@@ -30,6 +30,7 @@ def check_ledger(manifest: Manifest, ledger: Ledger, where: str) -> None:
 
     ``where``: how messages call the store. Raises ``MismatchError`` for a codec that this version does not know.
     """
+    ledger.table.check()
     seen: set[FeatureKey] = set()
     values = 0
     for name in ledger.sets:

@@ -83,6 +83,39 @@ def test_a_long_tail_is_folded_by_the_build_itself_and_appends_go_on(
     assert FeatureStore.open(tmp_path / "s").snapshot == FeatureStore.open(tmp_path / "whole").snapshot
 
 
+def test_large_segments_are_left_alone_and_change_no_fact(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "SEGMENTS_MAX", 1)
+    paths = StorePaths(tmp_path / "s")
+    for splits in (["train"], ["train", "val"], ["train", "val", "test"]):
+        build(data, paths.root, splits=splits)
+        Ledger.load(paths).compact(tail_max=0)
+        # From now on every segment is a large one: folding more would have to read it.
+        monkeypatch.setattr(ledger_module, "SEGMENT_NBYTES_LARGE", 1)
+        write_head(paths, load_manifest(paths), Ledger.load(paths))
+    assert len(list(paths.segments.iterdir())) == 3 and verify_store(paths.root, deep=True) == []
+    before = facts(Ledger.load(paths))
+    monkeypatch.setattr(ledger_module, "SEGMENT_NBYTES_LARGE", 2**30)
+    Ledger.load(paths).compact(tail_max=0)
+    assert len(list(paths.segments.iterdir())) == 1 and facts(Ledger.load(paths)) == before
+
+
+def test_statistics_follow_a_commit_that_comes_after_they_were_asked_for(data: Path, tmp_path: Path) -> None:
+    paths = StorePaths(tmp_path / "s")
+    build(data, paths.root)
+    build(data, tmp_path / "more", splits=["train", "val"])
+    ledger, other = Ledger.load(paths), Ledger.load(StorePaths(tmp_path / "more"))
+    key = next(iter(ledger.specs()))
+    before = ledger.stats(key).count
+    name = ledger.set_of(key)
+    new = [c for g, c in sorted(other.commits[name].items()) if g not in ledger.commits[name]]
+    for commit in new:
+        ledger.add_commit(other.complete(commit))
+    assert new and before < ledger.stats(key).count == other.stats(key).count
+    assert ledger.stats(key).sums.tolist() == other.stats(key).sums.tolist()
+
+
 def test_a_reader_beside_compactions_always_sees_every_commit(paths: StorePaths, tmp_path: Path) -> None:
     whole = Ledger.load(paths).snapshot()
     records = [p.relative_to(paths.root) for p in (paths.ledger / "commits").rglob("*.json")]
