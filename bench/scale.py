@@ -40,7 +40,13 @@ def write_store(root: Path, tiles: int) -> None:
     from rsmtdf_cache.manifest import Manifest, create_manifest
     from rsmtdf_cache.segment import write_segment
     from rsmtdf_cache.specs import (
-        EncodingSpec, FeatureSpec, LayerSpec, NumericsProfile, PixelSpec, TeacherSpec, ViewSpec,
+        EncodingSpec,
+        FeatureSpec,
+        LayerSpec,
+        NumericsProfile,
+        PixelSpec,
+        TeacherSpec,
+        ViewSpec,
     )  # fmt: skip
     from rsmtdf_cache.stats import ChannelStats
     from rsmtdf_cache.tiles import TileRecord
@@ -49,7 +55,8 @@ def write_store(root: Path, tiles: int) -> None:
     specs = [
         FeatureSpec(
             teacher=TeacherSpec(
-                name=name, family=name.split("_")[0], architecture=name, weights=hashlib.sha256(name.encode()).hexdigest(),
+                name=name, family=name.split("_")[0], architecture=name,
+                weights=hashlib.sha256(name.encode()).hexdigest(),
                 weights_origin="made up", patch_px=14, native_px=size, prefix_tokens=1, norm=True, pixel=pixel,
             ),
             layer=LayerSpec(name=layer, channels=channels, stride_px=stride, offset_px=stride / 2),
@@ -168,7 +175,15 @@ def _end_of_build(root: Path) -> Callable[[], object]:
     return lambda: write_head(paths, load_manifest(paths), load_whole(paths))
 
 
+def _first_open(root: Path) -> Callable[[], object]:
+    """Open the store on a node that has not compared its tables with their sha256 yet."""
+    os.environ["TMPDIR"] = tempfile.mkdtemp()  # where the marks of this node lie
+    tempfile.tempdir = None
+    return _open(root)
+
+
 WORK: dict[str, Callable[[Path], Callable[[], object]]] = {
+    "open, first on this node": _first_open,
     "open": _open,
     "open and describe": _describe,
     "read all statistics": _statistics,
@@ -195,7 +210,6 @@ def _child(name: str, root: Path) -> None:
 
 
 def _measure(arguments: list[str]) -> dict[str, float]:
-    # The marks of shards and segments that this node compared lie in the folder of temporary files.
     done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1])) if done.stdout else {}
 
@@ -223,8 +237,6 @@ def main() -> None:
 
 
 def _run(asked: argparse.Namespace, folder: Path) -> None:
-    from rsmtdf_cache.disk_speed import __name__ as _  # noqa: F401
-
     sizes = {f"{n:,}": n for n in (asked.tiles // 10, asked.tiles)}
     stores = {name: folder / f"tiles-{n}" for name, n in sizes.items()}
     for name, n in sizes.items():
@@ -239,7 +251,12 @@ def _run(asked: argparse.Namespace, folder: Path) -> None:
                     found[work][name].append(one)
     table: dict[str, Any] = {w: {n: _median(v) for n, v in by.items()} for w, by in found.items()}
     records = {n: sum(p.stat().st_size for p in (s / "ledger").rglob("*") if p.is_file()) for n, s in stores.items()}
-    result = {"command": "python bench/scale.py", "rounds": asked.rounds, "records_nbytes": records, "work": table}
+    from rsmtdf_cli.machine import context
+
+    result = {
+        **context(), "command": "python bench/scale.py OUT", "rounds": asked.rounds, "records_nbytes": records,
+        "work": table,
+    }  # fmt: skip
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{'':28}{'tiles':>12}{'seconds':>10}{'cpu s':>8}{'peak MB':>10}{'of which imports':>18}")

@@ -154,9 +154,7 @@ class Ledger:
         except KeyError:
             raise FindingsError(f"{self.paths.segments}: lack the statistics of {shard.path}") from None
 
-    def complete(
-        self, commit: Commit, known: Mapping[tuple[str, int, int, str], ChannelStats] | None = None
-    ) -> Commit:
+    def complete(self, commit: Commit, known: Mapping[tuple[str, int, int, str], ChannelStats] | None = None) -> Commit:
         """Return ``commit`` with the statistics of every shard, those not ``known`` read."""
 
         def stats(shard: ShardRecord) -> ChannelStats:

@@ -1,4 +1,4 @@
-"""Which shards and tables were compared with their sha256 on this node since it started: one process looks, the others trust it.
+"""Which shards and tables were compared with their sha256 on this node since it started: one looks, the others trust.
 
 A mark is an empty file named after what identifies the bytes on the disk: path, inode, size, times and the recorded
 sha256. It lies in a folder of this user that the system empties, and holds for this boot only: a later flip of a bit

@@ -68,7 +68,7 @@ class _Rows(Sequence[TileRecord | None]):
     @overload
     def __getitem__(self, index: slice) -> list[TileRecord | None]: ...
 
-    def __getitem__(self, index: int | slice) -> TileRecord | None | list[TileRecord | None]:
+    def __getitem__(self, index: int | slice) -> TileRecord | list[TileRecord | None] | None:
         if isinstance(index, slice):
             return [self[n] for n in range(*index.indices(self._rows))]
         row = index + self._rows if index < 0 else index

@@ -16,7 +16,20 @@ from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.store import FeatureStore
 from tests.stores import write_mean_store
 
-_HEAVY = {"dask", "fsspec", "matplotlib", "pandas", "PIL", "pyarrow", "rasterio", "scipy", "timm", "torch", "xarray", "zarr"}
+_HEAVY = {
+    "dask",
+    "fsspec",
+    "matplotlib",
+    "pandas",
+    "PIL",
+    "pyarrow",
+    "rasterio",
+    "scipy",
+    "timm",
+    "torch",
+    "xarray",
+    "zarr",
+}
 
 
 def _loaded(*arguments: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""A tile table read from a file is the table of its records, whatever the ids; and what a file can lie about is seen."""
+"""A tile table read from a file is the table of its records, whatever the ids; what a file can lie about is seen."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def segments(draw: st.DrawFn) -> list[tuple[int, list[TileRecord]]]:
         for name in ids
     ]  # fmt: skip
     cut = draw(st.integers(0, len(records) - 1))
-    return [(first, part) for first, part in ((0, records[:cut]), (cut + draw(st.integers(0, 3)), records[cut:])) if part]
+    return [
+        (first, part) for first, part in ((0, records[:cut]), (cut + draw(st.integers(0, 3)), records[cut:])) if part
+    ]
 
 
 def _written(folder: Path, parts: list[tuple[int, list[TileRecord]]]) -> list[tuple[int, TileColumns]]:
