@@ -5,7 +5,7 @@
 Nothing is downloaded: tiles are drawn, and every network has seeded random weights at its true size, which cost what
 trained ones cost. ``true`` (default with CUDA): the student and teachers of RS-MTDF at 518 px, 8 + 8 crops, bfloat16,
 and a light student at 512 px. ``small`` (default without): the same networks at 224 px, 1 + 1 crops, float32, and the
-light student beside small ViTs. ``tiny``: does the script run at all.
+light student with 2 + 2. ``tiny``: does the script run at all.
 
 Steps are those of ``rsmtdf train``: its recipes, stores that its builder built, its loader, ``train_step``. Every arm
 is a process of its own, so that its peak memory is its own; arms take turns in rounds, a round is a few steps between
@@ -66,7 +66,7 @@ SIZES = {
     ),
     "small": Size(
         "float32", 1, 1, 8, (224, ("dinov2_vitb14,layers=block11", "clip_vitl14,layers=block23")), _VITS, 112,
-        (224, ("dinov2_vits14,layers=block11", "clip_vitb16,layers=block11")), _LIGHT, 2,
+        (224, ("dinov2_vitb14,layers=block11", "clip_vitl14,layers=block23")), _LIGHT, 2,
         (("dinov2_vits14,layers=block11", "clip_vitb32,layers=block11"),
          ("dinov2_vitb14,layers=block11", "clip_vitl14,layers=block23")),
         "pca64-int8", (16, "dinov2_vits14,layers=block11"),
@@ -122,11 +122,12 @@ class Arm:
     teachers: tuple[str, ...] = ()
     distil: bool = True
     passes: dict[str, int] = field(default_factory=dict)
+    released: bool = False  # translators, loss and weights of RS-MTDF's released code, else the project's defaults
 
     def recipe(self) -> dict[str, Any]:
         """Return the recipe: FixMatch as RS-MTDF trains it, targets as this arm says."""
-        own = {"distill": {"view": "strong", "loss": "mse", "standardize": False, "padding": True, "hidden": 1024,
-                           "activation": "relu", "passes": self.passes}, "fuse": {"share": 0.2}}  # fmt: skip
+        paper = {"loss": "mse", "standardize": False, "padding": True, "hidden": 1024, "activation": "relu"}
+        own = {"distill": {"view": "strong", "passes": self.passes, **(paper if self.released else {})}, "fuse": True}
         return {
             "name": self.name.replace(" ", "-"), "data": self.data, "labeled": "all", "steps": 10**6,
             "crop_px": self.crop_px, "batch": {"labeled": self.crops, "unlabeled": self.crops},
@@ -349,7 +350,7 @@ class Bench:
         size, (px, teachers) = self.size, self.size.paper
         data = self._data(px)
         store = self._store(data, teachers)
-        whole = Arm("cached", data, size.paper_student, px, size.crops, size.precision, store)
+        whole = Arm("cached", data, size.paper_student, px, size.crops, size.precision, store, released=True)
         second = {f"{teachers[-1].partition(',')[0].replace(':', '-')}/*/*": size.paper_pass_px}
         two = replace(whole, name="cached, two passes", passes=second)
         found = self._arms([
