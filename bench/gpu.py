@@ -67,7 +67,7 @@ SIZES = {
     "small": Size(
         "float32", 1, 1, 8, (224, ("dinov2_vitb14,layers=block11", "clip_vitl14,layers=block23")), _VITS, 112,
         (224, ("dinov2_vitb14,layers=block11", "clip_vitl14,layers=block23")), _LIGHT, 2,
-        (("dinov2_vits14,layers=block11", "clip_vitb32,layers=block11"),
+        (("dinov2_vits14,layers=block11", "clip_vitb16,layers=block11"),
          ("dinov2_vitb14,layers=block11", "clip_vitl14,layers=block23")),
         "pca64-int8", (16, "dinov2_vits14,layers=block11"),
     ),
