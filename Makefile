@@ -44,8 +44,9 @@ fmt: $(STAMP) ## format the code and sort imports
 	$(BIN)/ruff check --fix --quiet $(CODE) || true
 	$(BIN)/ruff format $(CODE)
 
-bench: $(STAMP) ## how fast a store is read and built on this machine (JSON in bench-out/)
+bench: $(STAMP) ## how fast a store is read and built on this machine, the loader against peers (pip install '.[bench]'; JSON in bench-out/)
 	$(BIN)/rsmtdf bench store --out bench-out/store
+	$(BIN)/python bench/loader.py bench-out/loader.json --tiles 120 --rounds 3
 
 bench-sample: $(STAMP) ## the README's table: three arms, five paired seeds (20 minutes on two cores)
 	$(BIN)/rsmtdf bench sample --seeds 5 --out bench-out/sample

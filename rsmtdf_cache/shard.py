@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -142,6 +143,13 @@ class ShardWriter:
         self._file.close()
 
 
+@lru_cache(maxsize=64)
+def _order_of_tokens(height: int, width: int, ch: int, cw: int) -> NDArray[np.intp]:
+    """Return where each token of a map comes, ``[height, width]``, counted over the chunks as they come."""
+    ys, xs = np.arange(height)[:, None], np.arange(width)
+    return ((ys // ch * math.ceil(width / cw) + xs // cw) * ch + ys % ch) * cw + xs % cw
+
+
 class ShardReader:
     """A shard file mapped into memory. Every index entry is checked against the file before it is used."""
 
@@ -167,18 +175,62 @@ class ShardReader:
         if not inside.all():
             raise FindingsError(f"{path}: the shard index points outside the file; run `rsmtdf cache verify --deep`")
         self._offsets, self._lengths = table[..., 0], table[..., 1]
+        # What every read needs, looked up once.
+        self._here: list[bool] = self.present.tolist()
+        self._single = layout.grid == (1, 1)
+        self._tokens = _order_of_tokens(layout.height, layout.width, *layout.chunk[1:3])
+        self._maps, self._places = self._in_order(end)
+
+    def _in_order(self, end: int) -> tuple[NDArray[Any] | None, list[int]]:
+        """Return the maps as they lie in the file, and each row's place among them.
+
+        ``[place, y, x, channels]``, or ``[place, token of all chunks, channels]`` if a map has several chunks. None
+        when chunks are compressed, or do not follow one another as the writer of this module has them, which the format
+        allows.
+        """
+        layout = self.layout
+        if layout.compressor != "none" or not self.present.any():
+            return None, []
+        chunks = layout.grid[0] * layout.grid[1]
+        first = self._offsets[:, :1, :1]
+        steps = np.arange(chunks, dtype=np.uint64).reshape(layout.grid) * np.uint64(layout.chunk_nbytes)
+        regular = (self._offsets == first + steps) & (first % np.uint64(layout.row_nbytes) == 0)
+        if not regular[self.present].all():
+            return None, []
+        count = end // layout.row_nbytes
+        shape = (
+            (count, *layout.chunk[1:])
+            if self._single
+            else (count, chunks * math.prod(layout.chunk[1:3]), layout.channels)
+        )
+        maps = np.frombuffer(self._map, layout.dtype, math.prod(shape)).reshape(shape)
+        return maps, (first[:, 0, 0] // np.uint64(layout.row_nbytes)).tolist()
+
+    def has(self, row: int) -> bool:
+        """Return whether the shard holds the map of ``row``."""
+        return self._here[row]
 
     def read(self, row: int, y: int, x: int, out: NDArray[Any]) -> None:
-        """Fill ``out`` ``[h, w, channels]`` with the map of ``row`` from token ``(y, x)`` on; absent = fill value."""
-        layout = self.layout
-        if not self.present[row]:
-            out[...] = layout.fill
+        """Fill ``out`` ``[h, w, channels]`` with the map of ``row`` from token ``(y, x)`` on; absent = fill value.
+
+        Of raw chunks every token is copied once, from the mapping to ``out``, by one call of numpy for the whole box: a
+        call takes as long as the copy of a small crop.
+        """
+        if not self._here[row]:
+            out[...] = self.layout.fill
             return
-        _, ch, cw, channels = layout.chunk
         height, width = out.shape[:2]
+        if self._maps is not None and self._single:
+            out[...] = self._maps[self._places[row], y : y + height, x : x + width]
+            return
+        if self._maps is not None:
+            # mode: with "raise" numpy fills a copy of out first.
+            self._maps[self._places[row]].take(self._tokens[y : y + height, x : x + width], 0, out, "clip")
+            return
+        ch, cw = self.layout.chunk[1:3]
         for i in range(y // ch, (y + height - 1) // ch + 1):
             for j in range(x // cw, (x + width - 1) // cw + 1):
-                chunk = self._chunk(row, i, j).reshape(ch, cw, channels)
+                chunk = self._chunk(row, i, j).reshape(ch, cw, -1)
                 y0, y1 = max(y, i * ch), min(y + height, (i + 1) * ch)
                 x0, x1 = max(x, j * cw), min(x + width, (j + 1) * cw)
                 out[y0 - y : y1 - y, x0 - x : x1 - x] = chunk[y0 - i * ch : y1 - i * ch, x0 - j * cw : x1 - j * cw]

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rsmtdf_cache.allocate import Allocator, page_empty
 from rsmtdf_cache.codecs import Codec, Codes, codec_name
 from rsmtdf_cache.content import Content
-from rsmtdf_cache.errors import FindingsError, MismatchError, ResourceError, UsageError, did_you_mean
+from rsmtdf_cache.errors import FindingsError, UsageError, did_you_mean
 from rsmtdf_cache.files import read_json
 from rsmtdf_cache.head import find_snapshot, load_whole, recorded_snapshot
-from rsmtdf_cache.layout import Part, StorePaths, contradiction, parts_of, shard_layout
-from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
+from rsmtdf_cache.layout import PARTS, StorePaths, contradiction, parts_of, shard_layout
+from rsmtdf_cache.ledger import Commit, Ledger
 from rsmtdf_cache.manifest import load_manifest
-from rsmtdf_cache.readcheck import is_checked, mark_checked
-from rsmtdf_cache.shard import ShardReader
+from rsmtdf_cache.open_shards import OpenShards, VerifyReads
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec
 from rsmtdf_cache.tiles import TileTable
 from rsmtdf_cache.views import Box, CropBox, token_box
@@ -36,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FeatureStore", "Features"]
 
-VerifyReads = Literal["first", "always", "never"]
+_BOXES = 4096  # of one array that are remembered
 
 
 @dataclass(frozen=True)
@@ -55,6 +51,29 @@ class Features:
     offset_px: float
     orientation: int
     exact: bool = True
+
+
+class _Known:
+    """What every read of an array needs, looked up once."""
+
+    def __init__(self, key: FeatureKey, spec: FeatureSpec) -> None:
+        self.key, self.spec = key, spec
+        self.layouts = {part: shard_layout(spec, 1, part) for part in parts_of(spec)}
+        self.whole = Box(0, 0, *spec.grid)
+        self._boxes: dict[tuple[float, float, float, float], Box] = {}
+
+    def tokens(self, boxes: Sequence[Box | CropBox]) -> list[Box]:
+        """Return ``token_box`` of each, remembered: crops lie on a lattice, so there are few, and each comes often."""
+        found = []
+        for box in boxes:
+            place = (box.y, box.x, box.height, box.width)
+            tokens = self._boxes.get(place)
+            if tokens is None:
+                if len(self._boxes) >= _BOXES:
+                    self._boxes.clear()
+                tokens = self._boxes[place] = token_box(self.spec, box)
+            found.append(tokens)
+        return found
 
 
 class FeatureStore:
@@ -88,12 +107,9 @@ class FeatureStore:
         for key, spec in self._specs.items():
             if wrong := contradiction(spec, self.manifest.tile_px):
                 raise FindingsError(f"{self.path}: {key}: {wrong}; the record is damaged or hostile")
-        # Read at every crop, so looked up once: which shards of a key are committed, by row group.
-        self._records = {(k, p): self.ledger.shards(k, p) for k, spec in self._specs.items() for p in parts_of(spec)}
-        self._shards: dict[tuple[FeatureKey, int, Part], ShardReader] = {}
+        self._shards = OpenShards(self.paths, ledger, self._specs, self.manifest.group_rows, verify_reads, mirror)
         self._codecs: dict[FeatureKey, Codec] = {}
-        self._lock = threading.Lock()
-        _OPEN.add(self)
+        self._known = {key: _Known(key, spec) for key, spec in self._specs.items()}
 
     @classmethod
     def open(cls, path: Path | str, snapshot: str | None = None, verify_reads: VerifyReads = "first") -> FeatureStore:
@@ -155,14 +171,17 @@ class FeatureStore:
 
     def spec(self, key: FeatureKey) -> FeatureSpec:
         """Return what the array holds. Raises ``UsageError`` for a key that is not in the store."""
+        return self._array(key).spec
+
+    def _array(self, key: FeatureKey) -> _Known:
         if not isinstance(key, FeatureKey):
             raise UsageError(f"{key!r} is no FeatureKey; write FeatureKey.parse({str(key)!r}), or take one of keys()")
-        if key not in self._specs:
+        if key not in self._known:
             names = [str(k) for k in self.keys()]
             raise UsageError(
                 f"{self.shown} has no array {key}.{did_you_mean(str(key), names)} It holds: {', '.join(names)}"
             )
-        return self._specs[key]
+        return self._known[key]
 
     def codec(self, key: FeatureKey) -> Codec:
         """Return what turns stored codes of ``key`` into features. Raises ``FindingsError`` without its calibration."""
@@ -172,8 +191,8 @@ class FeatureStore:
 
     def stored(self, key: FeatureKey, row: int) -> Codes | None:
         """Return the codes of one tile's map as they are stored, None when they are not committed."""
-        codes, present = self._read(key, [row], None)
-        return codes[0] if present[0] else None
+        codes = self.read_codes(key, [row])
+        return codes[0] if self._present(key, [row])[0] else None
 
     def stats(self, key: FeatureKey) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return mean and standard deviation per channel ``[D]`` over all committed tokens of ``key``."""
@@ -186,7 +205,7 @@ class FeatureStore:
         self.spec(key)
         mask = np.zeros(len(self.tiles), np.bool_)
         commits = self._commits(key)
-        for group in self._records[key, "features"]:
+        for group in self._shards.records[key, "features"]:
             mask[commits[group].start : commits[group].stop] = True
         return mask & self.tiles.filled
 
@@ -204,7 +223,7 @@ class FeatureStore:
         ``FindingsError`` for a damaged shard.
         """
         spec, codec = self.spec(key), self.codec(key)
-        codes, present = self._read(key, rows, boxes)
+        codes, present = self.read_codes(key, rows, boxes), self._present(key, rows)
         shape = (*codes.values.shape[:-1], spec.layer.channels)
         if out is not None and (out.shape != shape or out.dtype != np.float16):
             raise UsageError(f"{key}: out is {out.dtype}{out.shape}, needed is float16{shape}")
@@ -215,43 +234,64 @@ class FeatureStore:
         valid = np.broadcast_to(present[:, None, None], shape[:-1]).copy()
         return Features(values, valid, spec.stride_tile_px, spec.offset_tile_px, spec.view.orientation)
 
-    def read_codes(self, key: FeatureKey, rows: Sequence[int], boxes: Sequence[Box | CropBox] | None = None) -> Codes:
+    def read_codes(
+        self,
+        key: FeatureKey,
+        rows: Sequence[int],
+        boxes: Sequence[Box | CropBox] | None = None,
+        out: Codes | None = None,
+        at: Sequence[int] | None = None,
+    ) -> Codes:
         """Return what ``read`` returns as it is stored: ``values [n, h, w, C]``, of some codecs ``scale [n, h, w]``.
 
         Smaller to move than features; ``codecs.device.DeviceDecoder`` turns them into features on a device. Tokens that
-        are not committed have NaN as value or scale. Raises what ``read`` raises.
+        are not committed have NaN as value or scale. ``out``, of ``empty_codes``, is filled at the places ``at``
+        (default: all, in order) and returned: every token is copied once. Raises what ``read`` raises.
         """
-        return self._read(key, rows, boxes)[0]
-
-    def _read(
-        self, key: FeatureKey, rows: Sequence[int], boxes: Sequence[Box | CropBox] | None
-    ) -> tuple[Codes, NDArray[np.bool_]]:
-        """Return the codes, and for each row whether its shard is committed and holds it."""
-        spec = self.spec(key)
-        rows = [int(row) if isinstance(row, np.integer) else row for row in rows]  # narrow types overflow
-        crops = [token_box(spec, b) for b in boxes] if boxes is not None else [Box(0, 0, *spec.grid)] * len(rows)
+        known = self._array(key)
+        key, spec = known.key, known.spec
+        numbers = self._rows(key, rows)
+        crops = [known.whole] * len(numbers) if boxes is None else known.tokens(boxes)
         sizes = {(c.height, c.width) for c in crops}
-        if len(crops) != len(rows) or len(sizes) > 1:
-            raise UsageError(f"{key}: give one box for each of the {len(rows)} rows, all of one size")
-        height, width = sizes.pop() if sizes else spec.grid
-        found: dict[Part, NDArray[Any]] = {}
-        present = np.zeros(len(rows), np.bool_)
-        for part in parts_of(spec):
-            layout = shard_layout(spec, self.manifest.group_rows, part)
-            found[part] = np.empty((len(rows), height, width, layout.channels), layout.dtype)
-            shards: dict[int, ShardReader | None] = {}
-            for n, (row, crop) in enumerate(zip(rows, crops, strict=True)):
-                self._check_row(key, row)
-                group, offset = divmod(row, self.manifest.group_rows)
-                if group not in shards:
-                    shards[group] = self._shard(key, group, part)
+        if len(crops) != len(numbers) or len(sizes) > 1:
+            raise UsageError(f"{key}: give one box for each of the {len(numbers)} rows, all of one size")
+        if out is None:
+            out, at = self.empty_codes(key, len(numbers), sizes.pop() if sizes else spec.grid), None
+        where = [divmod(row, self.manifest.group_rows) for row in numbers]
+        groups, places = {group for group, _ in where}, range(len(where)) if at is None else at
+        for part, array in zip(PARTS, (out.values, None if out.scale is None else out.scale[..., None]), strict=True):
+            if array is None:
+                continue
+            shards = self._shards.of(key, groups, part)
+            for place, (group, offset), crop in zip(places, where, crops, strict=True):
                 shard = shards[group]
                 if shard is None:
-                    found[part][n] = layout.fill
+                    array[place] = known.layouts[part].fill
                 else:
-                    shard.read(offset, crop.y, crop.x, found[part][n])
-                    present[n] = present[n] or (part == "features" and bool(shard.present[offset]))
-        return Codes(found["features"], found["scale"][..., 0] if "scale" in found else None), present
+                    shard.read(offset, crop.y, crop.x, array[place])
+        return out
+
+    def _present(self, key: FeatureKey, rows: Sequence[int]) -> NDArray[np.bool_]:
+        """Return for each row whether its shard is committed and holds it."""
+        found = []
+        for row in self._rows(key, rows):
+            group, offset = divmod(row, self.manifest.group_rows)
+            shard = self._shards.of(key, {group})[group]
+            found.append(shard is not None and shard.has(offset))
+        return np.array(found, np.bool_)
+
+    def empty_codes(
+        self, key: FeatureKey, count: int, grid: tuple[int, int] | None = None, empty: Allocator = page_empty
+    ) -> Codes:
+        """Return room for ``count`` crops of ``grid`` tokens (default: whole maps); ``empty`` makes the arrays."""
+        known = self._array(key)
+        made = {
+            part: empty(
+                (count, *(grid or known.spec.grid), *((layout.channels,) if part == "features" else ())), layout.dtype
+            )
+            for part, layout in known.layouts.items()
+        }
+        return Codes(made["features"], made.get("scale"))
 
     def crop(
         self,
@@ -306,87 +346,16 @@ class FeatureStore:
             "arrays": arrays,
         }  # fmt: skip
 
-    def _check_row(self, key: FeatureKey, row: int) -> None:
-        if not isinstance(row, (int, np.integer)) or not 0 <= row < len(self.tiles):
-            raise UsageError(
-                f"{key}: there is no row {row!r}, the store has {len(self.tiles)} (tiles.row_of gives rows)"
-            )
+    def _rows(self, key: FeatureKey, rows: Sequence[int]) -> list[int]:
+        """Return ``rows`` as numbers that do not overflow. Raises ``UsageError`` for one that the store lacks."""
+        count = len(self.tiles)
+        for row in rows:
+            if not isinstance(row, (int, np.integer)) or not 0 <= row < count:
+                raise UsageError(f"{key}: there is no row {row!r}, the store has {count} (tiles.row_of gives rows)")
+        return [int(row) for row in rows]
 
     def _profile(self, key: FeatureKey) -> dict[str, Any]:
         return self.ledger.sets[self.ledger.set_of(key)].profile.to_json()
 
     def _commits(self, key: FeatureKey) -> dict[int, Commit]:
         return self.ledger.commits[self.ledger.set_of(key)]
-
-    def _shard(self, key: FeatureKey, group: int, part: Part = "features") -> ShardReader | None:
-        record = self._records[key, part].get(group)
-        if record is None:
-            return None
-        with self._lock:
-            shard = self._shards.get((key, group, part))
-            if shard is None:
-                shard = self._shards[key, group, part] = self._open_shard(key, group, part, record)
-            elif self.verify_reads == "always":
-                _compare(shard, record)
-        return shard
-
-    def _open_shard(self, key: FeatureKey, group: int, part: Part, record: ShardRecord) -> ShardReader:
-        place = self.paths.shard(key, group, part)
-        if record.path != self.paths.relative(place):
-            raise MismatchError(
-                f"{self.shown}: the ledger names {record.path} for {key}, expected {self.paths.relative(place)}"
-            )
-        try:
-            return self._checked(place, key, record)
-        except FindingsError:
-            if self._mirror is None:
-                raise
-        self._mirror.discard(record, place)  # damaged in the cache of this machine: fetched once more
-        return self._checked(place, key, record)
-
-    def _checked(self, place: Path, key: FeatureKey, record: ShardRecord) -> ShardReader:
-        shard = self._map(place, key, record)
-        if self.verify_reads == "always" or (self.verify_reads == "first" and not is_checked(place, record.sha256)):
-            _compare(shard, record)
-            mark_checked(place, record.sha256)
-        return shard
-
-    def _map(self, place: Path, key: FeatureKey, record: ShardRecord) -> ShardReader:
-        layout = shard_layout(self._specs[key], self.manifest.group_rows, record.part)
-        if self._mirror is None:
-            try:
-                return ShardReader(place, layout)
-            except FileNotFoundError:
-                raise FindingsError(
-                    f"{place}: a committed shard is missing; run `rsmtdf cache verify`, or open the store again if "
-                    "`rsmtdf cache gc` ran meanwhile"
-                ) from None
-        # What was evicted stays on the disk as long as it is mapped here, beyond the bound of the cache.
-        self._shards = {k: s for k, s in self._shards.items() if s.path.exists()}
-        for _ in range(10):  # another process may evict the shard before it is mapped
-            self._mirror.ensure(record, place)
-            with contextlib.suppress(FileNotFoundError):
-                return ShardReader(place, layout)
-        raise ResourceError(
-            f"{self.shown}: the cache of remote shards is too small for the processes that read from it; raise "
-            "RSMTDF_REMOTE_CACHE_GB, or copy the store with `rsmtdf cache pull`"
-        )
-
-
-def _compare(shard: ShardReader, record: ShardRecord) -> None:
-    if shard.sha256() != record.sha256:
-        raise FindingsError(
-            f"{shard.path}: its bytes are not those committed (sha256 differs); run `rsmtdf cache verify --deep`"
-        )
-
-
-#: Stores of this process. A fork copies locks as they are, held or not, so the child gets new ones.
-_OPEN: weakref.WeakSet[FeatureStore] = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    for store in _OPEN:
-        store._lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_locks)

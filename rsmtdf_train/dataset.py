@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rsmtdf_cache.allocate import Allocator, page_empty
 from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.errors import DataError, MismatchError
 from rsmtdf_cache.sources.base import Tile, TileSource
@@ -105,16 +106,20 @@ class TileDataset:
         return self.samples([draw])[0]
 
     def samples(self, draws: Sequence[Draw], features: bool = True) -> list[Sample]:
-        """Return the crops of ``draws``, features read together, or without ``features``.
+        """Return the crops of ``draws``, with views of what ``codes`` reads of them, or without ``features``.
 
         Raises ``TileError`` for a tile that cannot be read, ``MismatchError`` for one whose pixels are not those of
         the store.
         """
-        read: list[dict[str, Codes]] = [{} for _ in draws]
-        if self.targets is not None and features:
-            requests = [TargetRequest(self._rows[d.tile_id], d.orientation, d.box, d.cut.view) for d in draws]
-            read = self.targets.read(requests)
-        return [self._cut(draw, found) for draw, found in zip(draws, read, strict=True)]
+        read = self.codes(draws) if features else {}
+        return [self._cut(draw, {key: codes[n] for key, codes in read.items()}) for n, draw in enumerate(draws)]
+
+    def codes(self, draws: Sequence[Draw], empty: Allocator = page_empty) -> dict[str, Codes]:
+        """Return the features of ``draws`` as they are stored, ``{key: codes [n, h, w]}``; see ``TargetMode.read``."""
+        if self.targets is None:
+            return {}
+        requests = [TargetRequest(self._rows[d.tile_id], d.orientation, d.box, d.cut.view) for d in draws]
+        return self.targets.read(requests, empty)
 
     def _cut(self, draw: Draw, features: dict[str, Codes]) -> Sample:
         image, label, *held = self._decode(draw.tile_id)

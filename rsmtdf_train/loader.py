@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from rsmtdf_cache.allocate import Allocator, page_empty
+from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.errors import DataError, UsageError
 from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.sources.base import TileSource
@@ -34,7 +37,11 @@ __all__ = ["BatchLoader"]
 class BatchLoader:
     """Batches of a recipe. ``threads`` work ahead of the trainer; their number changes no batch."""
 
-    def __init__(self, dataset: TileDataset, recipe: Recipe, threads: int = 1, ahead: int = 2) -> None:
+    def __init__(
+        self, dataset: TileDataset, recipe: Recipe, threads: int = 1, ahead: int = 2, pinned: bool = False
+    ) -> None:
+        """``pinned``: make batches in page-locked memory, which a GPU copies from while it computes."""
+        self._empty: Allocator = _pinned if pinned else page_empty
         self.dataset = dataset
         self.recipe = recipe
         self.threads = max(1, threads)
@@ -62,7 +69,7 @@ class BatchLoader:
         from rsmtdf_train.targets.modes import open_dataset
 
         dataset = open_dataset(source, recipe, store, geometry_keys=geometry_keys, device=device, on_event=on_event)
-        return cls(dataset, recipe, threads)
+        return cls(dataset, recipe, threads, pinned=device is not None and device.type == "cuda")
 
     @property
     def targets(self) -> TargetMode | None:
@@ -116,11 +123,11 @@ class BatchLoader:
         if self.unlabeled is not None:
             places = _places(sizes.unlabeled, part, parts, paired=True)
             unlabeled = [self.unlabeled.draw(step * sizes.unlabeled + i) for i in places]
-        samples = self.dataset.samples([*labeled, *unlabeled], self._reads(step))
+        reads = self._reads(step)
         return Batch(
             step=step,
-            labeled=self._labeled(samples[: len(labeled)]),
-            unlabeled=self._unlabeled(samples[len(labeled) :], unlabeled) if unlabeled else None,
+            labeled=self._labeled(labeled, reads),
+            unlabeled=self._unlabeled(unlabeled, reads) if unlabeled else None,
         )
 
     def iterate(
@@ -150,43 +157,47 @@ class BatchLoader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _labeled(self, samples: Sequence[Sample]) -> LabeledBatch:
-        return LabeledBatch(_images(samples), _labels(samples), _valid(samples), self.stack_targets(samples))
+    def _labeled(self, draws: Sequence[Draw], reads: bool) -> LabeledBatch:
+        return LabeledBatch(*self._pixels(draws, reads))
 
-    def _unlabeled(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> UnlabeledBatch:
+    def _unlabeled(self, draws: Sequence[Draw], reads: bool) -> UnlabeledBatch:
         views = [_view([(draw.photometric, draw.cutmix_box) for draw in draws])]
         if self.recipe.strong_views == 2 and self.unlabeled is not None:
             views.append(_view([self.unlabeled.second_view(draw) for draw in draws]))
-        return UnlabeledBatch(
-            image=_images(samples),
-            views=tuple(views),
-            valid=_valid(samples),
-            label=_labels(samples),
-            targets=self.stack_targets(samples),
-        )
+        image, label, valid, targets = self._pixels(draws, reads)
+        return UnlabeledBatch(image, tuple(views), valid, label, targets)
 
-    def stack_targets(self, samples: Sequence[Sample]) -> Targets:
-        """Return the codes of the features of ``samples`` and the weights of their tokens; see ``Targets.decoded``.
+    def _pixels(self, draws: Sequence[Draw], reads: bool) -> tuple[Tensor, Tensor, Tensor, Targets]:
+        """Return image, label and validity of the crops, and their targets, if ``reads``."""
+        samples = self.dataset.samples(draws, features=False)
+        size, empty = (len(samples), *samples[0].label.shape), self._empty
+        image = empty((size[0], 3, *size[1:]), np.dtype(np.uint8))
+        label, valid = empty(size, np.dtype(np.uint8)), empty(size, np.dtype(np.bool_))
+        for n, sample in enumerate(samples):
+            image[n] = sample.image.transpose(2, 0, 1)
+            label[n], valid[n] = sample.label, sample.valid
+        targets = self.stack_targets(samples, self.dataset.codes(draws, empty) if reads else {})
+        return _tensor(image), _tensor(label), _tensor(valid), targets
 
-        Empty where nothing was read, because live teachers make the targets. A token whose cell has an invalid pixel
-        weighs 0, or 1 under ``distill.padding``.
+    def stack_targets(self, samples: Sequence[Sample], codes: Mapping[str, Codes]) -> Targets:
+        """Return ``codes`` of ``samples`` (``TileDataset.codes``) with the weights of their tokens.
+
+        Nothing is copied. Empty where nothing was read, because live teachers make the targets. A token whose cell has
+        an invalid pixel weighs 0, or 1 under ``distill.padding``. ``Targets.decoded`` makes features of it.
         """
         padding = self.recipe.distill is not None and self.recipe.distill.padding
         coded: dict[str, Coded] = {}
         weights: dict[str, Tensor] = {}
-        for key, spec in self._specs.items():
-            found = [s.features[key] for s in samples if key in s.features]
-            if len(found) < len(samples):
-                continue
-            values = torch.from_numpy(np.stack([codes.values for codes in found]))
-            scales = [codes.scale for codes in found if codes.scale is not None]
-            grid = (values.shape[1], values.shape[2])
-            if padding:
+        full = padding or all(s.valid.all() for s in samples)
+        for key, found in codes.items():
+            spec, grid = self._specs[key], found.values.shape[1:3]
+            if full:
                 weights[key] = torch.ones(len(samples), *grid)
             else:
-                own = [token_weights(s.valid, grid, spec.offset_px) for s in samples]
+                own = [token_weights(s.valid, (grid[0], grid[1]), spec.offset_px) for s in samples]
                 weights[key] = torch.from_numpy(np.stack(own))
-            coded[key] = Coded(values, torch.from_numpy(np.stack(scales)) if scales else None, spec.decoder)
+            scale = None if found.scale is None else _tensor(found.scale)
+            coded[key] = Coded(_tensor(found.values), scale, spec.decoder)
         return Targets({}, weights, coded)
 
 
@@ -226,13 +237,16 @@ def _view(drawn: Sequence[tuple[PhotometricParameters, CutMixBox]]) -> StrongVie
     return StrongView(Photometry(parameters), torch.tensor(boxes, dtype=torch.int64))
 
 
-def _images(samples: Sequence[Sample]) -> Tensor:
-    return torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous()
+def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an array that is lent by a tensor in page-locked memory."""
+    made: NDArray[Any] = torch.from_numpy(np.empty(0, dtype)).new_empty(shape, pin_memory=True).numpy()
+    return made
 
 
-def _labels(samples: Sequence[Sample]) -> Tensor:
-    return torch.from_numpy(np.stack([s.label for s in samples])).long()
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """Return the array as a tensor, without a copy.
 
-
-def _valid(samples: Sequence[Sample]) -> Tensor:
-    return torch.from_numpy(np.stack([s.valid for s in samples]))
+    Of one that a tensor lent: that tensor. Only it tells torch that its memory may not be used again before a copy that
+    was begun without waiting is over.
+    """
+    return array.base if isinstance(array.base, Tensor) else torch.from_numpy(array)

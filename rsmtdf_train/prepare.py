@@ -137,7 +137,7 @@ def part_to(batch: Batch, device: torch.device, channels_last: bool = False) -> 
         return move(x).to(dtype=torch.float32, memory_format=layout).div_(255)
 
     a, b = batch.labeled, batch.unlabeled
-    labeled = Labeled(image(a.image), move(a.label), move(a.valid), a.targets.decoded(device))
+    labeled = Labeled(image(a.image), move(a.label).long(), move(a.valid), a.targets.decoded(device))
     if b is None:
         return Part(batch.step, labeled, None)
     weak = image(b.image)
@@ -145,7 +145,8 @@ def part_to(batch: Batch, device: torch.device, channels_last: bool = False) -> 
         Strong(v.photometry.to(device).apply(weak).contiguous(memory_format=layout), move(v.cutmix_boxes))
         for v in b.views
     )
-    return Part(batch.step, labeled, Unlabeled(weak, views, move(b.valid), move(b.label), b.targets.decoded(device)))
+    label = move(b.label).long()
+    return Part(batch.step, labeled, Unlabeled(weak, views, move(b.valid), label, b.targets.decoded(device)))
 
 
 @torch.no_grad()

@@ -279,8 +279,9 @@ def _pool(
     shares = []
     cell_px = _cell_px(crop_px, min(i.stride_px for i in inputs))
     for start in range(0, len(draws), _READ):
-        samples = loader.dataset.samples(draws[start : start + _READ])
-        targets = loader.stack_targets(samples).decoded(device)
+        some = draws[start : start + _READ]
+        samples = loader.dataset.samples(some, features=False)
+        targets = loader.stack_targets(samples, loader.dataset.codes(some)).decoded(device)
         images = torch.stack([torch.from_numpy(s.image) for s in samples]).to(device).permute(0, 3, 1, 2) / 255
         for entry, read in zip(inputs, reader.maps(targets, images), strict=True):
             found[entry.key].append(read)

@@ -79,7 +79,7 @@ class LabeledBatch:
     """Weakly augmented labelled crops. ``image`` is RGB as decoded: the step makes it float 0..1 on the device."""
 
     image: Tensor  # [B, 3, H, W] uint8
-    label: Tensor  # [B, H, W] int64, ignore index where not labelled
+    label: Tensor  # [B, H, W] uint8, ignore index where not labelled; the step makes it int64 on the device
     valid: Tensor  # [B, H, W] bool, False on padding and no-data
     targets: Targets
 
@@ -106,7 +106,7 @@ class UnlabeledBatch:
     image: Tensor  # [B, 3, H, W] uint8
     views: tuple[StrongView, ...]
     valid: Tensor  # [B, H, W] bool
-    label: Tensor  # [B, H, W] int64: true labels where the dataset has them, for monitoring only, never in a loss
+    label: Tensor  # [B, H, W] uint8: true labels where the dataset has them, for monitoring only, never in a loss
     targets: Targets
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from rsmtdf_cache.allocate import Allocator, page_empty
 from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.codecs.device import DeviceDecoder
 from rsmtdf_cache.errors import UsageError, did_you_mean
@@ -83,8 +84,11 @@ class TargetMode(ABC):
         """Raise ``MismatchError`` when the targets were made from other pixels than ``image``."""
 
     @abstractmethod
-    def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, Codes]]:
-        """Return for each request ``{key: codes of [h, w]}``; NaN in tokens that are not valid."""
+    def read(self, requests: Sequence[TargetRequest], empty: Allocator = page_empty) -> dict[str, Codes]:
+        """Return ``{key: codes [n, h, w]}`` of the requests, in their order; NaN in tokens that are not valid.
+
+        ``empty`` makes the arrays that are returned. Nothing for a mode, or of no requests, that has nothing to read.
+        """
 
 
 def match_keys(patterns: Sequence[str], known: Sequence[str]) -> list[str]:

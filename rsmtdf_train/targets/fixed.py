@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rsmtdf_cache.allocate import Allocator, page_empty
 from rsmtdf_cache.codecs import Codes, codec_class, load_codec
 from rsmtdf_cache.errors import UsageError
 from rsmtdf_cache.fixed_views import FixedView
@@ -97,27 +98,31 @@ class FixedViewTargets(StoredTargets):
     def arrays(self) -> list[FeatureSpec]:
         return [spec for specs in self._by_key.values() for spec in specs]
 
-    def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, Codes]]:
-        """Return for each request ``{key: codes of [h, w]}`` of its view; NaN in tokens that are not valid.
+    def read(self, requests: Sequence[TargetRequest], empty: Allocator = page_empty) -> dict[str, Codes]:
+        """Return ``{key: codes [n, h, w]}``, each of its view; NaN in tokens that are not valid.
 
         Raises ``UsageError`` for a request without a view.
         """
-        results: list[dict[str, Codes]] = [{} for _ in requests]
+        found: dict[str, Codes] = {}
         by_view: dict[int, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             if request.view is None or not 0 <= request.view < len(self.geometry.views):
                 raise UsageError(f"targets fixed-views: {request} names none of the {len(self.geometry.views)} views")
             by_view[request.view].append(index)
+        source = self.source_rows(requests)
         for key, specs in self._by_key.items():
             for view, indices in by_view.items():
-                rows = self.source_rows(requests[i] for i in indices)
+                array, rows = specs[view].key, [source[i] for i in indices]
                 if key in self._as_features:
-                    found = Codes(self.store.read(specs[view].key, rows).values)
-                else:
-                    found = self.store.read_codes(specs[view].key, rows)
-                for n, index in enumerate(indices):
-                    results[index][key] = found[n]
-        return results
+                    values = self.store.read(array, rows).values
+                    if key not in found:
+                        found[key] = Codes(empty((len(requests), *values.shape[1:]), values.dtype))
+                    found[key].values[indices] = values
+                    continue
+                if key not in found:
+                    found[key] = self.store.empty_codes(array, len(requests), empty=empty)
+                self.store.read_codes(array, rows, None, found[key], indices)
+        return found
 
 
 def _place(key: str, specs: Sequence[FeatureSpec], crop_px: int) -> tuple[float, float]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rsmtdf_cache.allocate import Allocator, page_empty
 from rsmtdf_cache.codecs import Codes, load_codec
 from rsmtdf_cache.codecs.device import DeviceDecoder
 from rsmtdf_cache.errors import MismatchError, UsageError, did_you_mean
@@ -74,8 +75,8 @@ class OnlineTargets(TargetMode):
         if self.cached is not None and tile_id in self.cached.store.tiles:
             self.cached.check_pixels(tile_id, image)
 
-    def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, Codes]]:
-        return [{} for _ in requests]
+    def read(self, requests: Sequence[TargetRequest], empty: Allocator = page_empty) -> dict[str, Codes]:
+        return {}
 
 
 class MixedTargets(TargetMode):
@@ -103,9 +104,9 @@ class MixedTargets(TargetMode):
     def check_pixels(self, tile_id: str, image: NDArray[np.uint8]) -> None:
         self.cached.check_pixels(tile_id, image)
 
-    def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, Codes]]:
+    def read(self, requests: Sequence[TargetRequest], empty: Allocator = page_empty) -> dict[str, Codes]:
         """Return the stored targets: for steps that are not online."""
-        return self.cached.read(requests)
+        return self.cached.read(requests, empty)
 
 
 def open_online(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from rsmtdf_cache.allocate import Allocator, page_empty
 from rsmtdf_cache.codecs import Codec, Codes, load_codec
 from rsmtdf_cache.codecs.device import DeviceDecoder
 from rsmtdf_cache.crops import nearest_orientation, read_crops, whole_views
@@ -205,6 +206,7 @@ class CachedTargets(StoredTargets):
         self.geometry = geometry
         stored = target_specs(store)
         self._by_key = {key: stored[key] for key in match_keys(patterns, list(stored))}
+        self._keys = {key: {o: spec.key for o, spec in by.items()} for key, by in self._by_key.items()}
         self.approximated = {}
         for key, by_orientation in self._by_key.items():
             missing = sorted(set(geometry.orientations) - set(by_orientation))
@@ -229,28 +231,33 @@ class CachedTargets(StoredTargets):
         frames = self.geometry.orientations
         return [by[o] for by in self._by_key.values() for o in sorted({nearest_orientation(f, by) for f in frames})]
 
-    def read(self, requests: Sequence[TargetRequest]) -> list[dict[str, Codes]]:
-        """Return for each request ``{key: codes of [h, w]}``; NaN in tokens that are not valid.
+    def read(self, requests: Sequence[TargetRequest], empty: Allocator = page_empty) -> dict[str, Codes]:
+        """Return ``{key: codes [n, h, w]}``; NaN in tokens that are not valid. Stored codes are copied once.
 
         Raises ``UsageError`` for a box off the lattice or an orientation that is neither stored nor approximated.
         """
-        results: list[dict[str, Codes]] = [{} for _ in requests]
+        found: dict[str, Codes] = {}
         by_orientation: dict[int, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             by_orientation[request.orientation].append(index)
-        for key, specs in self._by_key.items():
+        source = self.source_rows(requests)
+        for key, specs in self._keys.items():
             for orientation, indices in by_orientation.items():
-                rows, boxes = self.source_rows(requests[i] for i in indices), [requests[i].box for i in indices]
+                rows, boxes = [source[i] for i in indices], [requests[i].box for i in indices]
                 if key in self.approximated:
                     crops = read_crops(self.store, key, rows, boxes, orientation=orientation, approximate=True)
-                    found = Codes(crops.values)
-                elif orientation not in specs:
+                    if key not in found:
+                        found[key] = Codes(empty((len(requests), *crops.values.shape[1:]), crops.values.dtype))
+                    found[key].values[indices] = crops.values
+                    continue
+                if orientation not in specs:
                     raise UsageError(f"{key}: orientation {orientation} is not stored; have {sorted(specs)}")
-                else:
-                    found = self.store.read_codes(specs[orientation].key, rows, boxes)
-                for n, index in enumerate(indices):
-                    results[index][key] = found[n]
-        return results
+                array = specs[orientation]
+                if key not in found:
+                    tokens = token_box(self._by_key[key][orientation], boxes[0])
+                    found[key] = self.store.empty_codes(array, len(requests), (tokens.height, tokens.width), empty)
+                self.store.read_codes(array, rows, boxes, found[key], indices)
+        return found
 
 
 def _few(names: Sequence[str], most: int = 3) -> str:

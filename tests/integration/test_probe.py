@@ -63,10 +63,11 @@ def fitted(loader: BatchLoader) -> Probe:
 def unlabelled(loader: BatchLoader, crops: int = 24) -> tuple[Targets, Tensor, Tensor]:
     """Decoded targets, images 0..1 and true labels of crops of tiles that no label was used of."""
     assert loader.unlabeled is not None
-    samples = loader.dataset.samples(loader.unlabeled.draws(0, crops))
+    draws = loader.unlabeled.draws(0, crops)
+    samples = loader.dataset.samples(draws)
     images = torch.stack([torch.from_numpy(s.image) for s in samples]).permute(0, 3, 1, 2) / 255
     labels = torch.stack([torch.from_numpy(s.label) for s in samples])
-    return loader.stack_targets(samples).decoded(CPU), images, labels
+    return loader.stack_targets(samples, loader.dataset.codes(draws)).decoded(CPU), images, labels
 
 
 def accuracy(probe: Probe, loader: BatchLoader) -> float:

@@ -154,7 +154,7 @@ def test_a_fork_while_another_thread_reads_does_not_hang_the_child(grown: tuple[
     entered, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with store._lock:  # what a thread that opens a shard holds
+        with store._shards.lock:  # what a thread that opens a shard holds
             entered.set()
             leave.wait(30)
 
