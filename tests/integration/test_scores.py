@@ -197,6 +197,7 @@ def test_many_groups_are_a_list_with_the_worst_first(root: Path, tmp_path: Path)
     shutil.copytree(root / "data", data)
     write_split(data, "test", [f"t{i:03}" for i in range(13)])
     (data / "splits" / "train.txt").unlink()
+    shutil.rmtree(data / "splits" / "labeled")  # labelled subsets are parts of train
     options = ("--data", data, "--checkpoint", "ema", "--by", "tile")
     groups = call_json("eval", root / "run", *options)["scores"]["ema"]["groups"]["groups"]
     _, out, _ = call("eval", root / "run", *options, "-q", "--device", "cpu")
