@@ -32,11 +32,9 @@ class FusedStudent(nn.Module):
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         """Return logits ``[B, C, H, W]`` of float RGB in 0..1, sides multiples of ``student.multiple_px``."""
-        fused = self.fusion is not None and self.fusion.fused
-        encoded = self.encode(image_B3HW, passes=fused)
-        translated = self.translate(encoded) if fused else {}
+        encoded = self.encode(image_B3HW, passes=self.fuses)
         height, width = image_B3HW.shape[-2:]
-        return self.decode(encoded, translated, (height, width))
+        return self.decode(encoded, self.hidden(encoded) if self.fuses else [], (height, width))
 
     def encode(self, image_B3HW: Tensor, passes: bool = True) -> Encoded:
         """Return the feature maps, those of second passes only with ``passes``.
@@ -51,6 +49,14 @@ class FusedStudent(nn.Module):
         }
         return Encoded(image_B3HW.shape[-2], self.student.encode(image_B3HW), second)
 
+    def hidden(self, encoded: Encoded) -> list[Tensor]:
+        """Return what the last layer of each translator sees; empty without targets."""
+        return [] if self.fusion is None else self.fusion.hidden(encoded)
+
+    def translations(self, hidden: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the translations ``{key: [B, D, h, w]}`` of ``hidden``; empty without targets."""
+        return {} if self.fusion is None else self.fusion.translations(hidden)
+
     def translate(self, encoded: Encoded) -> dict[str, Tensor]:
         """Return ``{key: [B, D, h, w]}`` on the student's own grids; empty without targets."""
         return {} if self.fusion is None else self.fusion.translate(encoded)
@@ -62,14 +68,18 @@ class FusedStudent(nn.Module):
     def decode(
         self,
         encoded: Encoded,
-        translated: Mapping[str, Tensor],
+        translated: Mapping[str, Tensor] | Sequence[Tensor],
         size: tuple[int, int],
         masks: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Return logits ``[B, C, H, W]`` of ``size``. ``masks``: a factor ``[B, S, 1, 1]`` for each decoder input."""
+        """Return logits ``[B, C, H, W]`` of ``size``. ``masks``: a factor ``[B, S, 1, 1]`` for each decoder input.
+
+        ``translated``: translations or true features by key, or what ``hidden`` gave, of which no translation is made.
+        """
         maps = encoded.maps
-        if self.fusion is not None and self.fusion.fused:
-            maps = self.fusion.fuse(maps, translated)
+        if self.fusion is not None and self.fuses:
+            fuse = self.fusion.fuse if isinstance(translated, Mapping) else self.fusion.fuse_directly
+            maps = fuse(maps, translated)  # type: ignore[arg-type]
         if masks is not None:
             maps = [m * mask for m, mask in zip(maps, masks, strict=True)]
         return self.student.decode(maps, size)
@@ -101,14 +111,19 @@ class FusedStudent(nn.Module):
         return logits[..., :height, :width]
 
     @property
+    def fuses(self) -> bool:
+        """Whether translations join the decoder's inputs."""
+        return self.fusion is not None and self.fusion.fused
+
+    @property
     def deployed_targets(self) -> tuple[TargetShape, ...]:
         """Targets whose translators the deployed student needs: none unless fusion is on."""
-        return self.fusion.targets if self.fusion is not None and self.fusion.fused else ()
+        return self.fusion.targets if self.fusion is not None and self.fuses else ()
 
     @property
     def sees_squares(self) -> bool:
         """Whether an image is also seen resized to a square: then windows have to be squares too."""
-        return self.fusion is not None and self.fusion.fused and bool(self.fusion.pass_sides_px)
+        return self.fusion is not None and self.fuses and bool(self.fusion.pass_sides_px)
 
     def deployed_state(self) -> dict[str, Tensor]:
         """Return the tensors of the deployed student: without translators when they served the loss alone."""

@@ -88,9 +88,12 @@ class Translator(nn.Module):
 
     def forward(self, map_BShw: Tensor) -> Tensor:
         """Return ``[B, D, h, w]`` on the student's own grid."""
-        x = map_BShw if self.first is None else self.activation(self.first(map_BShw))
-        y: Tensor = self.second(x)
+        y: Tensor = self.second(self.hidden(map_BShw))
         return y
+
+    def hidden(self, map_BShw: Tensor) -> Tensor:
+        """Return what the last, linear layer sees: ``[B, hidden, h, w]``, the map itself in a linear translator."""
+        return map_BShw if self.first is None else self.activation(self.first(map_BShw))
 
 
 class TeacherFusion(nn.Module):
@@ -152,10 +155,16 @@ class TeacherFusion(nn.Module):
 
     def translate(self, encoded: Encoded) -> dict[str, Tensor]:
         """Return ``{key: [B, D, h, w]}`` on the grid of the student map that feeds the target."""
-        return {
-            target.key: translator(encoded.of(source))
-            for target, source, translator in zip(self.targets, self.sources, self.translators, strict=True)
-        }
+        return self.translations(self.hidden(encoded))
+
+    def hidden(self, encoded: Encoded) -> list[Tensor]:
+        """Return what each translator's last layer sees, ``[B, hidden, h, w]`` of each target, in their order."""
+        return [t.hidden(encoded.of(source)) for t, source in zip(self._translators, self.sources, strict=True)]
+
+    def translations(self, hidden: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the translations ``{key: [B, D, h, w]}`` of ``hidden``."""
+        found = zip(self.targets, self._translators, hidden, strict=True)
+        return {target.key: translator.second(x) for target, translator, x in found}
 
     def align(self, translated: Mapping[str, Tensor], side_px: int) -> dict[str, Tensor]:
         """Return ``{key: [B, D, n, n]}``: the translations of a square crop, read at the teachers' token centres."""
@@ -190,6 +199,37 @@ class TeacherFusion(nn.Module):
         left out of a crop with probability ``drop``; its part goes to the student's own features. Without fusion the
         maps come back as they are.
         """
+        return self._mixed(maps_BShw, lambda t, a: self._projection(t, a)(translated[self.targets[t].key]))
+
+    def fuse_directly(self, maps_BShw: Sequence[Tensor], hidden: Sequence[Tensor]) -> list[Tensor]:
+        """Return what ``fuse`` makes of the translations of ``hidden``, up to rounding, without making them.
+
+        Nothing lies between the last layer of a translator and a projection: they are one linear map, from the hidden
+        layer to the decoder's input, of a fraction of the work. Translations are for the loss.
+        """
+
+        def project(t: int, a: int) -> Tensor:
+            last, projection = self._translators[t].second, self._projection(t, a)
+            with torch.autocast(hidden[t].device.type, enabled=False):  # weights of weights: not in half precision
+                into = projection.weight.flatten(1)
+                weight = into @ last.weight.flatten(1)
+                assert projection.bias is not None and last.bias is not None
+                bias = torch.addmv(projection.bias, into, last.bias)
+            return F.conv2d(hidden[t], weight[:, :, None, None], bias)
+
+        return self._mixed(maps_BShw, project)
+
+    @property
+    def _translators(self) -> list[Translator]:
+        return [t for t in self.translators if isinstance(t, Translator)]
+
+    def _projection(self, target: int, at: int) -> nn.Conv2d:
+        found = self.projections[target * len(self.at) + at]
+        assert isinstance(found, nn.Conv2d)
+        return found
+
+    def _mixed(self, maps_BShw: Sequence[Tensor], project: Callable[[int, int], Tensor]) -> list[Tensor]:
+        """Return the decoder's inputs; ``project(t, a)``: the share of target ``t`` in input ``a`` of ``at``."""
         maps = list(maps_BShw)
         if not self.fused or not self.targets:
             return maps
@@ -202,8 +242,8 @@ class TeacherFusion(nn.Module):
             size = (own.shape[-2], own.shape[-1])
             total = torch.zeros_like(own)
             rest: float | Tensor = 1.0
-            for t, (target, source) in enumerate(zip(self.targets, self.sources, strict=True)):
-                projection = self.projections[t * len(self.at) + a](translated[target.key])
+            for t, source in enumerate(self.sources):
+                projection = project(t, a)
                 gate = self.share / count if self.gate_logits is None else self.gate_logits[a, t].sigmoid() / count
                 part = gate if kept is None else gate * kept[t].view(-1, 1, 1, 1)
                 total = total + part * _resize(projection, size, align_corners=source.pass_px is not None)

@@ -169,6 +169,11 @@ class Recipe(Section):
             raise ValueError("probe labels unlabelled crops; method supervised has none")
         if self.online_share > 0 and self.distill is None:
             raise ValueError(f"targets {self.targets} runs teachers for distillation, and distill is off")
+        if self.distill is not None and self.distill.space == "stored" and self.online_share > 0:
+            raise ValueError(
+                f"distill.space stored reads components from a store; the teachers of targets {self.targets} speak in "
+                "channels"
+            )
         for name in ("privileged", "probe"):
             if getattr(self, name) is not None and self.targets in ("online", "none"):
                 raise ValueError(f"{name} reads stored features; targets {self.targets} has none")

@@ -142,6 +142,11 @@ class DistillConfig(Section):
     weight: float = Field(default=1.0, ge=0)
     loss: Literal["mse", "cosine_smooth_l1"] = "cosine_smooth_l1"
     standardize: bool = Field(default=True, description="by the mean and deviation of each channel; false: as they are")
+    space: Literal["channels", "stored"] = Field(
+        default="channels",
+        description="stored: pcaK-int8 features are distilled in their K components, at a cost that no teacher's width "
+        "changes",
+    )
     padding: bool = Field(default=False, description="distil padded tokens too, as RS-MTDF does")
     view: Literal["strong", "weak"] = Field(
         default="strong",
@@ -186,6 +191,15 @@ class DistillConfig(Section):
                     f"write '{teacher}/{turned[1]}/{layer}'"
                 )
         return patterns
+
+    @model_validator(mode="after")
+    def _components_are_of_standardised_channels(self) -> Self:
+        if self.space == "stored" and not self.standardize:
+            raise ValueError(
+                "space stored distils principal components of standardised channels; it does not go with "
+                "standardize: false"
+            )
+        return self
 
     @field_validator("pins")
     @classmethod

@@ -118,34 +118,35 @@ def _terms(
     and was not among them.
     """
     terms: dict[str, Tensor] = {}
-    translated: dict[str, Tensor] = {}  # of what is distilled, on the student's grids
+    distilled: list[Tensor] = []  # what translators see of what is distilled, target by target
     labeled, count = prepared.labeled, len(prepared.labeled.image)
     side = labeled.image.shape[-2]
     size = (side, labeled.image.shape[-1])
     if weights.segments:
         images = torch.cat([labeled.image, *(view.image for view in prepared.views.values())])
         encoded = student.encode(images)
-        translated = student.translate(encoded)
+        # the first strong view is distilled, unless the weak one is
+        shown = count + (len(prepared.mixed[0].image) if prepared.extra is None and prepared.mixed else 0)
+        hidden = student.hidden(encoded if student.fuses else encoded.first(shown))
+        distilled = [h[:shown] for h in hidden]
         masks = _channel_masks(recipe.method, encoded.maps, count, prepared)
-        logits = student.decode(encoded, translated, size, masks)
+        logits = student.decode(encoded, hidden, size, masks)
         terms["labeled"] = tools.supervised(logits[:count], labeled.label, divisors["labeled"], share)
         if prepared.views:
             terms["unlabeled"] = _unlabeled_term(logits[count:], prepared, recipe.threshold, divisors)
         if prepared.privileged is not None and student.fusion is not None:
             known = encoded.first(count)
-            mine = {k: v[:count] for k, v in translated.items()}
+            mine = student.translations([h[:count] for h in hidden])
             true = student.fusion.true_translations(prepared.privileged, mine, side)
             terms["privileged"] = tools.supervised(
                 student.decode(known, true, size), labeled.label, divisors["labeled"], share
             )
-        if prepared.extra is None and prepared.mixed:
-            count += len(prepared.mixed[0].image)  # the first strong view is distilled
-        translated = {k: v[:count] for k, v in translated.items()}
     if prepared.targets is None or recipe.distill is None or student.fusion is None:
         return terms, {}
     if prepared.extra is not None:
-        more = student.translate(student.encode(prepared.extra))
-        translated = {k: torch.cat([translated[k], v]) if translated else v for k, v in more.items()}
+        more = student.hidden(student.encode(prepared.extra))
+        distilled = [torch.cat(pair) for pair in zip(distilled, more, strict=True)] if distilled else more
+    translated = student.translations(distilled)  # of nothing else: fusion needs no teacher's channels
     by_key = {key: divisors[f"distill/{key}"] for key in translated}
     terms["distill"], cosines = distill_term(recipe.distill, student.align(translated, side), prepared.targets, by_key)
     return terms, cosines

@@ -88,6 +88,14 @@ class Codec(ABC):
     def affine(self) -> Affine:
         """How codes times scale become features; what decoding on a device needs."""
 
+    @property
+    def component_std(self) -> NDArray[np.float32] | None:
+        """Return the deviations ``[C]`` along the stored principal components, whose ``z`` is whitened by them.
+
+        The components are along orthonormal axes of the standardised channels. None: channels are stored.
+        """
+        return None
+
     def decode(self, codes: Codes) -> NDArray[np.float16]:
         """Return features ``[..., D]`` in the teacher's own scale; shares memory with ``codes`` where it can."""
         affine = self.affine

@@ -5,6 +5,9 @@ Shape legend: C stored channels, D channels of the teacher, ``...`` any leading 
 
 from __future__ import annotations
 
+import math
+from typing import Self
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,7 +19,7 @@ __all__ = ["DeviceDecoder"]
 
 
 class DeviceDecoder:
-    """Turns codes of one array into float32 features, in the teacher's own scale or standardised.
+    """Turns codes of one array into float32 features: channels in the teacher's scale or standardised, or components.
 
     Standardising costs nothing: ``(x - mean) / std`` is folded into the gain and offset of the codec. What is decoded
     stays on the device of the codes. Can be pickled.
@@ -35,8 +38,26 @@ class DeviceDecoder:
         self._held: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
         self._gain, self._offset = gain, offset
 
+    @classmethod
+    def of_components(cls, codec: Codec) -> Self:
+        """Return what makes the principal components of the standardised channels ``[..., C]``, times sqrt(C / D).
+
+        So the mean square over C components is that over D channels, less what the other axes held. Raises
+        ``ValueError`` for a codec that stores channels.
+        """
+        if codec.component_std is None:
+            raise ValueError(f"codec {codec.encoding.codec} stores channels, no components")
+        made = cls(codec)
+        std = codec.component_std
+        made._gain = (std * math.sqrt(len(std) / codec.channels)).astype(np.float32)
+        made._offset = np.zeros_like(std)
+        return made
+
     def __call__(self, values: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Return ``[..., D]`` float32 of codes ``[..., C]`` and scales ``[...]``; a NaN scale makes a token NaN."""
+        """Return ``[..., D]`` float32 (``[..., C]`` of components) of codes ``[..., C]`` and scales ``[...]``.
+
+        A NaN scale makes a token NaN.
+        """
         gain, offset = self._on(values.device)
         # int8 times float32 is one pass, without a copy of the codes in float32.
         z = values.float() if scale is None else torch.mul(values, scale.float().unsqueeze(-1))

@@ -27,7 +27,7 @@ class PcaInt8(ScaledInt8):
         kept = self.stored_channels(encoding, channels)
         basis_CD, deviations_C = calibration.components(kept)
         spread = calibration.spread()
-        self._mean = calibration.mean
+        self._mean, self._deviations = calibration.mean, deviations_C
         self._into = np.ascontiguousarray((basis_CD / spread / deviations_C[:, None]).T, np.float64)
         self._back = np.ascontiguousarray(basis_CD * spread * deviations_C[:, None], np.float32)
 
@@ -47,6 +47,10 @@ class PcaInt8(ScaledInt8):
         z = (features - self._mean).astype(np.float64) @ self._into
         with np.errstate(over="ignore"):
             return quantise(z.astype(np.float32))
+
+    @property
+    def component_std(self) -> NDArray[np.float32] | None:
+        return self._deviations
 
     @property
     def affine(self) -> Affine:

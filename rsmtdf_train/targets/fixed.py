@@ -69,12 +69,13 @@ class FixedViewTargets(StoredTargets):
         *,
         standardize: bool = True,
         shuffled: Mapping[str, str] | None = None,
+        space: str = "channels",
     ) -> None:
-        """Choose the targets that match ``patterns``; ``standardize`` and ``shuffled`` as in ``CachedTargets``.
+        """Choose the targets that match ``patterns``; ``standardize``, ``shuffled``, ``space`` as in ``CachedTargets``.
 
         Raises ``UsageError`` for a target that lacks a view of ``geometry``, or has its tokens elsewhere in each view.
         """
-        super().__init__(store, standardize, shuffled)
+        super().__init__(store, standardize, shuffled, space)
         self.geometry = geometry
         stored = fixed_view_specs(store)
         self._by_key: dict[str, list[FeatureSpec]] = {}
@@ -90,10 +91,15 @@ class FixedViewTargets(StoredTargets):
             # Each fixed view is calibrated for itself: codes of two views are read as features, not as codes.
             codec = store.codec(specs[0].key)
             if len(specs) > 1 and codec_class(specs[0].encoding).calibrated:
+                self._refuse_features(key, f"each of its {len(specs)} fixed views has components of its own")
                 self._as_features.add(key)
                 codec = load_codec(EncodingSpec(), specs[0].layer.channels)
             # One mean and deviation for all views, so that a colour or a zoom does not change what a value means.
             self.specs[key] = self._target(key, stride_px, offset_px, [spec.key for spec in specs], codec)
+        self._check_components()
+
+    def arrays_of(self, key: str) -> list[FeatureSpec]:
+        return self._by_key[key]
 
     def arrays(self) -> list[FeatureSpec]:
         return [spec for specs in self._by_key.values() for spec in specs]

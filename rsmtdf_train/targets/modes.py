@@ -86,14 +86,15 @@ def _stored(source: TileSource, recipe: Recipe, store: FeatureStore, geometry: C
     distill = recipe.distill
     keys = distill.keys if distill is not None else ()
     standardize = distill.standardize if distill is not None else True
+    space = distill.space if distill is not None else "channels"
     shuffled = None
     if distill is not None and distill.control == "shuffled":
         shuffled = derangement(
             (tile.id for tile in source.tiles(["train"]) if tile.id not in store.quarantined), recipe.seed
         )
     if isinstance(geometry, FixedViewGeometry):
-        return FixedViewTargets(store, keys, geometry, standardize=standardize, shuffled=shuffled)
+        return FixedViewTargets(store, keys, geometry, standardize=standardize, shuffled=shuffled, space=space)
     if not isinstance(geometry, Geometry):
         return None
     approximate = recipe.augment.approximate_orientations
-    return CachedTargets(store, keys, geometry, approximate, standardize=standardize, shuffled=shuffled)
+    return CachedTargets(store, keys, geometry, approximate, standardize=standardize, shuffled=shuffled, space=space)

@@ -117,13 +117,18 @@ def derangement(tile_ids: Iterable[str], seed: int) -> dict[str, str]:
 class StoredTargets(TargetMode):
     """Targets that are read from a store: what its modes have in common.
 
-    ``instead``: the row whose features each row is given (control ``shuffled``); None: its own.
+    ``instead``: the row whose features each row is given (control ``shuffled``); None: its own. ``components``: of each
+    target that has some, in ``distill.space: stored``, and so is distilled in them.
     """
 
-    def __init__(self, store: FeatureStore, standardize: bool, shuffled: Mapping[str, str] | None) -> None:
+    def __init__(
+        self, store: FeatureStore, standardize: bool, shuffled: Mapping[str, str] | None, space: str = "channels"
+    ) -> None:
         """``shuffled``: whose features each tile is given (``derangement``); what the store lacks is left out."""
         self.store = store
         self.standardize = standardize
+        self.space = space
+        self.components: dict[str, int] = {}
         self.specs: dict[str, TargetSpec] = {}
         self.instead: dict[int, int] | None = None
         if shuffled is not None:
@@ -165,6 +170,27 @@ class StoredTargets(TargetMode):
                 f"train on the dataset of the store, or build a new store from this one"
             )
 
+    def _check_components(self) -> None:
+        """Raise ``UsageError`` when components are asked for and nothing that is distilled has any."""
+        if self.space == "stored" and not self.components:
+            raise UsageError(
+                f"distill.space stored: no features that are distilled from {self.store.shown} are stored as principal "
+                "components (or they are read as features); build them with --codec pcaK-int8, or set distill.space "
+                "to channels"
+            )
+
+    def _refuse_features(self, key: str, why: str) -> None:
+        """Raise ``UsageError`` for components that would have to be read as features."""
+        if self.space == "stored" and self.store.codec(self.arrays_of(key)[0].key).component_std is not None:
+            raise UsageError(
+                f"distill.space stored: {key}: {why}, so it is read as features, not as components; set distill.space "
+                "to channels, or name other features in distill.keys"
+            )
+
+    @abstractmethod
+    def arrays_of(self, key: str) -> list[FeatureSpec]:
+        """Return the arrays of one target."""
+
     def source_rows(self, requests: Iterable[TargetRequest]) -> list[int]:
         """Return the rows whose features the requests are given."""
         return [request.row if self.instead is None else self.instead[request.row] for request in requests]
@@ -173,6 +199,10 @@ class StoredTargets(TargetMode):
         self, key: str, stride_px: float, offset_px: float, stats: Sequence[FeatureKey], codec: Codec
     ) -> TargetSpec:
         """Return the target ``key``, standardised by the statistics of the arrays ``stats`` together."""
+        if self.space == "stored" and codec.component_std is not None:
+            self.components[key] = count = len(codec.component_std)
+            plain = np.zeros(count, np.float32), np.ones(count, np.float32)
+            return TargetSpec(key, count, stride_px, offset_px, *plain, DeviceDecoder.of_components(codec))
         total = ChannelStats.total(map(self.store.ledger.stats, stats), self.store.spec(stats[0]).layer.channels)
         mean, std = total.mean, total.std
         if not (np.isfinite(mean).all() and np.isfinite(std).all()):
@@ -195,14 +225,16 @@ class CachedTargets(StoredTargets):
         *,
         standardize: bool = True,
         shuffled: Mapping[str, str] | None = None,
+        space: str = "channels",
     ) -> None:
         """Choose the targets that match ``patterns``.
 
         ``approximate``: orientations of ``geometry`` that are not stored are made by turning stored ones.
         ``standardize``: by the store's statistics, else features come as they are. ``shuffled``: as in
-        ``StoredTargets``. Raises ``UsageError`` when targets and ``geometry`` do not fit.
+        ``StoredTargets``. ``space``: stored, then pcaK-int8 targets are their components. Raises ``UsageError`` when
+        targets and ``geometry`` do not fit.
         """
-        super().__init__(store, standardize, shuffled)
+        super().__init__(store, standardize, shuffled, space)
         self.geometry = geometry
         stored = target_specs(store)
         self._by_key = {key: stored[key] for key in match_keys(patterns, list(stored))}
@@ -211,6 +243,7 @@ class CachedTargets(StoredTargets):
         for key, by_orientation in self._by_key.items():
             missing = sorted(set(geometry.orientations) - set(by_orientation))
             if missing and approximate:
+                self._refuse_features(key, f"orientations {missing} are approximated")
                 self.approximated[key] = tuple(missing)
             elif missing:
                 raise UsageError(
@@ -226,6 +259,10 @@ class CachedTargets(StoredTargets):
             # One mean and deviation for all orientations: a turned tile has the same values up to the teacher's
             # equivariance, and the same token must not mean two things in two frames.
             self.specs[key] = self._target(key, spec.stride_tile_px, spec.offset_tile_px, [spec.key], codec)
+        self._check_components()
+
+    def arrays_of(self, key: str) -> list[FeatureSpec]:
+        return list(self._by_key[key].values())
 
     def arrays(self) -> list[FeatureSpec]:
         frames = self.geometry.orientations

@@ -111,8 +111,8 @@ def test_the_fused_forward_pass_and_its_distillation_loss_are_reproduced() -> No
     image = images(7, 1)
     with torch.inference_mode():
         encoded = student.encode(image)
-        translated = student.translate(encoded)
-        logits = student.decode(encoded, translated, (SIDE, SIDE))
+        hidden = student.hidden(encoded)
+        translated, logits = student.translations(hidden), student.decode(encoded, hidden, (SIDE, SIDE))
         distill = paper().distill
         assert distill is not None
         loss, _ = distill_term(distill, student.align(translated, SIDE), live().targets(image))

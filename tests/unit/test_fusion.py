@@ -71,7 +71,48 @@ def test_the_training_pass_gives_the_deployed_logits() -> None:
     model = built(fuse={"share": 0.5}).eval()
     image = torch.rand(1, 3, 64, 64)
     encoded = model.encode(image)
-    assert torch.equal(model.decode(encoded, model.translate(encoded), (64, 64)), model(image))
+    assert torch.equal(model.decode(encoded, model.hidden(encoded), (64, 64)), model(image))
+
+
+@pytest.mark.parametrize("translator", ["linear", "mlp", "conv"])
+@pytest.mark.parametrize(
+    "fuse", [{"share": 0.5}, {"share": 0.3, "gate": "learned", "at": [0, -1]}, {"share": 1.0, "at": [1]}]
+)
+def test_fusion_without_translations_is_fusion_of_translations(translator: str, fuse: dict[str, object]) -> None:
+    changes = {"distill": {"hidden": 6, "translator": translator, "passes": {"b/*/*": 32}}, "fuse": fuse}
+    model = built(**changes)
+    image = torch.rand(2, 3, 64, 64)
+    encoded = model.encode(image)
+    direct = model.decode(encoded, model.hidden(encoded), (64, 64))
+    by_way_of_channels = model.decode(encoded, model.translate(encoded), (64, 64))
+    torch.testing.assert_close(direct, by_way_of_channels, rtol=1e-4, atol=1e-5)
+    weights = [p for n, p in model.named_parameters() if n.startswith("fusion.")]
+    first, second = (
+        torch.autograd.grad(x.square().mean(), weights, retain_graph=True) for x in (direct, by_way_of_channels)
+    )
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert a.abs().max() > 0
+
+
+def test_folded_weights_are_not_made_in_half_precision() -> None:
+    model = built(fuse={"share": 1.0}).eval()
+    fusion = model.fusion
+    assert fusion is not None
+    with torch.no_grad():  # differences of weights that bfloat16 rounds to the same number
+        for name, weight in fusion.named_parameters():
+            if name.endswith("second.weight"):
+                weight.copy_(1 + torch.rand_like(weight) / 500)
+            elif name.startswith("projections") and weight.ndim == 4:
+                weight.zero_()
+                weight[:, 0], weight[:, 1] = 1, -1
+    encoded = model.encode(torch.rand(1, 3, 64, 64))
+    hidden = model.hidden(encoded)
+    exact = fusion.fuse_directly(encoded.maps, hidden)[-1]
+    with torch.autocast("cpu", torch.bfloat16):
+        low = fusion.fuse_directly(encoded.maps, hidden)[-1].float()
+    assert torch.nn.functional.cosine_similarity(low.flatten(), exact.flatten(), 0) > 0.999
+    assert exact.abs().max() > 0
 
 
 def test_without_fusion_translators_change_no_logit_and_are_not_deployed() -> None:
