@@ -122,12 +122,14 @@ class Arm:
     teachers: tuple[str, ...] = ()
     distil: bool = True
     passes: dict[str, int] = field(default_factory=dict)
+    space: str = "channels"  # what is distilled: the teacher's channels, or stored components
     released: bool = False  # translators, loss and weights of RS-MTDF's released code, else the project's defaults
 
     def recipe(self) -> dict[str, Any]:
         """Return the recipe: FixMatch as RS-MTDF trains it, targets as this arm says."""
         paper = {"loss": "mse", "standardize": False, "padding": True, "hidden": 1024, "activation": "relu"}
-        own = {"distill": {"view": "strong", "passes": self.passes, **(paper if self.released else {})}, "fuse": True}
+        distill = {"view": "strong", "passes": self.passes, "space": self.space, **(paper if self.released else {})}
+        own = {"distill": distill, "fuse": True}
         return {
             "name": self.name.replace(" ", "-"), "data": self.data, "labeled": "all", "steps": 10**6,
             "crop_px": self.crop_px, "batch": {"labeled": self.crops, "unlabeled": self.crops},
@@ -374,13 +376,19 @@ class Bench:
         cached = Arm(
             "cached", data, size.light_student, px, size.light_crops, size.precision, self._store(data, teachers)
         )
+        components = replace(
+            cached, name="cached, components", store=self._store(data, teachers, size.codec), space="stored"
+        )
         found = self._arms([
-            cached, replace(cached, name="online", store=None, teachers=teachers),
+            cached, components, replace(cached, name="online", store=None, teachers=teachers),
             replace(cached, name="no distillation", store=None, distil=False),
         ])  # fmt: skip
-        return {"arms": found, "rows": [
+        return {"arms": found, "codec": size.codec, "rows": [
             _row("light student: cached / online", found, "cached", "online", 0.10),
+            _row("light student: cached components / online", found, "cached, components", "online", 0.10),
             _row("light student: cached / no distillation", found, "cached", "no distillation", 1.10),
+            _row("light student: cached components / no distillation", found, "cached, components", "no distillation",
+                 1.10),
             _row("light student: peak memory, cached / online", found, "cached", "online", 0.50, "peak_nbytes"),
         ]}  # fmt: skip
 
@@ -398,6 +406,7 @@ class Bench:
                 size.light_crops,
                 size.precision,
                 self._store(data, asked, size.codec),
+                space="stored",
             )
             for name, asked in zip(reversed(arms_of_growth), size.growth, strict=True)
         ]
