@@ -1,69 +1,36 @@
-"""The command ``rsmtdf``. Help is a static table; a command's module is imported when the command is used."""
+"""The command ``rsmtdf``."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
-from rsmtdf_cli.console import guard, new_app
+from rsmtdf_cli.console import guard
+from rsmtdf_cli.lazy import Entry, lazy_group
 
-__all__ = ["COMMANDS", "app", "load", "main"]
-
-
-class _Entry(NamedTuple):
-    module: str
-    attribute: str
-    help: str
+__all__ = ["COMMANDS", "app", "main"]
 
 
 #: Name of each command → where it lives and its line in the help.
-COMMANDS: dict[str, _Entry] = {
-    "data": _Entry("data", "app", "Make and check datasets; `data sample` builds the land-cover set."),
-    "cache": _Entry("cache", "app", "Build, describe and verify stores of teacher features."),
-    "select": _Entry("select", "select", "Choose the tiles worth labelling from stored features."),
-    "train": _Entry("train", "app", "Train a student from a recipe, with or without cached features."),
-    "eval": _Entry("evaluate", "evaluate", "Score a run on held-out tiles."),
-    "predict": _Entry("predict", "predict", "Segment images, or make maps of scenes, with a run."),
-    "export": _Entry("export", "export", "Write a run's student as an ONNX file that runs without the trainer."),
-    "report": _Entry("report", "report", "Write one HTML page on runs: scores, differences, curves, pictures."),
-    "bench": _Entry("bench", "app", "Reproduce the tables of the README; measure reading and building."),
-    "version": _Entry("version", "version", "Print the versions of rsmtdf and of what it stands on."),
+COMMANDS: dict[str, Entry] = {
+    "data": Entry("data", "app", "Make and check datasets; `data sample` builds the land-cover set."),
+    "cache": Entry("cache", "app", "Build, describe and verify stores of teacher features."),
+    "select": Entry("select", "select", "Choose the tiles worth labelling from stored features."),
+    "train": Entry("train", "app", "Train a student from a recipe, with or without cached features."),
+    "eval": Entry("evaluate", "evaluate", "Score a run on held-out tiles."),
+    "predict": Entry("predict", "predict", "Segment images, or make maps of scenes, with a run."),
+    "export": Entry("export", "export", "Write a run's student as an ONNX file that runs without the trainer."),
+    "report": Entry("report", "report", "Write one HTML page on runs: scores, differences, curves, pictures."),
+    "bench": Entry("bench", "app", "Reproduce the tables of the README; measure reading and building."),
+    "version": Entry("version", "version", "Print the versions of rsmtdf and of what it stands on."),
 }
 
 
-def load(name: str) -> Any:
-    """Return the command called ``name``, ready to run; imports its module."""
-    entry = COMMANDS[name]
-    target: typer.Typer | Callable[..., Any] = getattr(
-        importlib.import_module(f"rsmtdf_cli.{entry.module}"), entry.attribute
-    )
-    if not isinstance(target, typer.Typer):
-        alone = new_app(entry.help)
-        alone.command(name)(target)
-        target = alone
-    built = typer.main.get_command(target)
-    built.name = name
-    return built
-
-
-class _LazyGroup(TyperGroup):
-    """Lists stubs; resolves a name to the real command."""
-
-    def __init__(self, **attributes: Any) -> None:
-        super().__init__(**attributes)
-        for name, entry in COMMANDS.items():
-            self.add_command(TyperCommand(name, help=entry.help, callback=None), name)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        if args and args[0] in COMMANDS:
-            return args[0], load(args[0]), args[1:]
-        return super().resolve_command(ctx, args)
+class _Root(lazy_group(COMMANDS)):  # type: ignore[misc]
+    """Loads a command, and runs it, under the rules for errors."""
 
     def invoke(self, ctx: Any) -> Any:
         with guard():
@@ -78,7 +45,7 @@ do not match, 5 interrupted (run again to continue), 6 disk, network or weights 
 7 verify found damage."""
 
 app = typer.Typer(
-    cls=_LazyGroup,
+    cls=_Root,
     help=_HELP,
     add_completion=False,
     rich_markup_mode=None,

@@ -21,6 +21,7 @@ from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from rsmtdf_cache.errors import Interrupted, RsmtdfError
 
@@ -65,9 +66,10 @@ class _Terminated(KeyboardInterrupt):
 _requested: list[KeyboardInterrupt] = []
 
 
-def new_app(help: str) -> typer.Typer:
+def new_app(help: str, group: type[TyperGroup] = TyperGroup) -> typer.Typer:
     """Return an empty command group in the project's manner: plain help (rich help costs 0.2 s), bare call = help."""
     return typer.Typer(
+        cls=group,
         help=help,
         no_args_is_help=True,
         add_completion=False,

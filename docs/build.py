@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rsmtdf_cli.app import COMMANDS, load
+from rsmtdf_cli.app import COMMANDS
+from rsmtdf_cli.lazy import load
 
 ROOT = Path(__file__).parents[1]
 CLI_PAGE = ROOT / "docs" / "cli.md"
@@ -21,7 +22,7 @@ def cli_reference() -> str:
     commands: list[list[str]] = [[]]
     for name in COMMANDS:
         commands.append([name])
-        commands += [[name, sub] for sub in getattr(load(name), "commands", {})]
+        commands += [[name, sub] for sub in getattr(load(name, COMMANDS[name]), "commands", {})]
     parts = ["# Command line\n\nWritten by `make docs` from the commands; do not edit.\n"]
     for words in commands:
         asked = [sys.executable, "-m", "rsmtdf_cli", *words, "--help"]

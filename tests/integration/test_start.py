@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.store import FeatureStore
+from rsmtdf_cli.cache import COMMANDS as CACHE_COMMANDS
+from rsmtdf_cli.lazy import load
 from tests.stores import write_mean_store
 
 _HEAVY = {
@@ -34,10 +37,15 @@ _HEAVY = {
 
 def _loaded(*arguments: str) -> set[str]:
     """Return the top-level modules that a fresh process has after ``rsmtdf ARGUMENTS``."""
+    return {name.partition(".")[0] for name in _modules(*arguments)}
+
+
+def _modules(*arguments: str) -> set[str]:
+    """Return all modules that a fresh process has after ``rsmtdf ARGUMENTS``."""
     code = (
         "import sys\nfrom rsmtdf_cli.app import app\n"
         f"app({list(arguments)!r}, standalone_mode=False)\n"
-        "print('\\nLOADED', *sorted({name.partition('.')[0] for name in sys.modules}))\n"
+        "print('\\nLOADED', *sorted(sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
     return set(done.stdout.rpartition("LOADED ")[2].split())
@@ -52,6 +60,21 @@ def test_help_loads_neither_numbers_nor_models() -> None:
     loaded = _loaded("--help")
     assert "typer" in loaded
     assert not loaded & (_HEAVY | {"numpy", "pydantic", "rich", "rsmtdf_train"}), sorted(loaded)
+
+
+def test_help_of_cache_loads_none_of_its_commands_and_one_of_them_no_other(store: Path) -> None:
+    commands = {"asked", "audit", "build", "catalogue", "fidelity", "growth", "look", "plan", "share", "tune"}
+    assert not _modules("cache", "--help") & {f"rsmtdf_cli.cache.{name}" for name in commands}
+    used = {name for name in commands if f"rsmtdf_cli.cache.{name}" in _modules("cache", "info", str(store))}
+    assert used == {"look"}
+
+
+@pytest.mark.parametrize("name", [*CACHE_COMMANDS])
+def test_the_line_in_the_help_says_what_the_command_says_of_itself(name: str) -> None:
+    command = load(name, CACHE_COMMANDS[name])
+    own = " ".join((command.help or "").split())
+    first = lambda text: re.findall(r"[a-z]+", text.lower())[:4]  # noqa: E731
+    assert first(CACHE_COMMANDS[name].help) == first(own)
 
 
 @pytest.mark.parametrize("shown", [[], ["--json"]])
