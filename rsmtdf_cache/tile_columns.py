@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 from rsmtdf_cache.errors import FindingsError
 from rsmtdf_cache.parquet import count_rows, read_columns
 
-__all__ = ["TileColumns", "TileRecord", "affines_of", "contents_of", "ids_of", "splits_of", "texts_of"]
+__all__ = [
+    "TileColumns",
+    "TileRecord",
+    "affines_of",
+    "all_differ",
+    "contents_of",
+    "ids_of",
+    "parts_of_ids",
+    "splits_of",
+    "texts_of",
+]
 
 COLUMNS = ("id", "digest", "split", "source", "crs", "affine")
 #: A row takes its digest at least.
@@ -115,14 +125,23 @@ class TileColumns(Sequence[TileRecord]):
     @property
     def splits(self) -> dict[str, int]:
         """Number of tiles per split, as recorded."""
-        return dict(Counter(self.texts("split"))) if self._splits is None else dict(self._splits)
+        return _counted(self.column("split")) if self._splits is None else dict(self._splits)
 
     def check(self) -> None:
         """Raise ``FindingsError`` unless every column can be read and the recorded splits are those of the rows."""
         for name in COLUMNS:
-            self.column(name)
-        if self.splits != dict(Counter(self.texts("split"))):
-            raise FindingsError(f"{self._path}: its splits are not those that are recorded of it")
+            column = self.column(name)
+            if name == "split" and self.splits != _counted(column):
+                raise FindingsError(f"{self._path}: its splits are not those that are recorded of it")
+            if name not in ("id", "digest"):  # what the table's identity is made of is read again
+                with self._lock:
+                    self._columns.pop(name, None)
+
+    def parts(self, name: str, stride: int) -> Iterator[list[Any]]:
+        """Yield the values of a column, ``stride`` at a time: no more of them are objects at once."""
+        column = self.column(name)
+        for first in range(0, len(column), stride):
+            yield column.slice(first, stride).to_pylist()
 
     def column(self, name: str) -> Any:
         """Return a column as ``pyarrow.Array`` without nulls. Raises ``FindingsError``."""
@@ -152,6 +171,31 @@ class TileColumns(Sequence[TileRecord]):
     def _records(self, first: int, stop: int) -> list[TileRecord]:
         parts = [self.column(name).slice(first, stop - first).to_pylist() for name in COLUMNS]
         return [TileRecord(i, d, s, o, c, tuple(a)) for i, d, s, o, c, a in zip(*parts, strict=True)]
+
+
+def _counted(column: Any) -> dict[str, int]:
+    """Return how often each text occurs."""
+    import pyarrow.compute as pc
+
+    return {item["values"]: item["counts"] for item in pc.value_counts(column).to_pylist()}
+
+
+def all_differ(parts: Sequence[Sequence[TileRecord]]) -> bool:
+    """Return whether no tile id stands twice in all ``parts`` together; compared in Arrow, without a Python text."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns = [p.column("id") if isinstance(p, TileColumns) else pa.array(ids_of(p), pa.string()) for p in parts]
+    return bool(pc.count_distinct(pa.chunked_array(columns, pa.string())).as_py() == sum(map(len, columns)))
+
+
+def parts_of_ids(records: Sequence[TileRecord], stride: int) -> Iterator[list[str]]:
+    """Yield the ids of ``records``, ``stride`` at a time."""
+    if isinstance(records, TileColumns):
+        yield from records.parts("id", stride)
+    else:
+        for first in range(0, len(records), stride):
+            yield [r.id for r in records[first : first + stride]]
 
 
 def ids_of(records: Sequence[TileRecord]) -> list[str]:

@@ -20,8 +20,10 @@ from rsmtdf_cache.tile_columns import (
     TileColumns,
     TileRecord,
     affines_of,
+    all_differ,
     contents_of,
     ids_of,
+    parts_of_ids,
     splits_of,
     texts_of,
 )
@@ -130,7 +132,8 @@ class TileTable:
         for _, records in self._segments:
             if isinstance(records, TileColumns):
                 records.check()
-        assert self._row_by_id is not None  # made now, if it can be
+        if not all_differ([records for _, records in self._segments]):
+            raise FindingsError("tile table: a tile id stands twice")
 
     def texts(self, name: str) -> list[str]:
         """Return the column ``id``, ``split``, ``source`` or ``crs`` by row, empty texts for holes."""
@@ -199,9 +202,10 @@ class TileTable:
         for first, records in self._segments:
             for start in range(row, first, _STRIDE):
                 yield ",".join(["null"] * (min(first, start + _STRIDE) - start))
-            ids, contents = ids_of(records), contents_of(records)
-            for start in range(0, len(ids), _STRIDE):
-                names = json.dumps(ids[start : start + _STRIDE], ensure_ascii=False, separators=("\n", ":"))[1:-1]
+            contents = contents_of(records)
+            for n, ids in enumerate(parts_of_ids(records, _STRIDE)):
+                start = n * _STRIDE
+                names = json.dumps(ids, ensure_ascii=False, separators=("\n", ":"))[1:-1]
                 digests = contents[start : start + _STRIDE].tobytes().hex("\n", -32)
                 pairs = zip(names.split("\n"), digests.split("\n"), strict=True)
                 yield ",".join([f'[{name},"{digest}"]' for name, digest in pairs])
