@@ -79,7 +79,7 @@ class Translator(nn.Module):
         super().__init__()
         self.first: nn.Conv2d | None = None
         if kind == "linear":
-            self.second = nn.Conv2d(in_channels, out_channels, 1)
+            self.second: nn.Module = nn.Conv2d(in_channels, out_channels, 1)
         else:
             side = 3 if kind == "conv" else 1
             self.first = nn.Conv2d(in_channels, hidden, side, padding=side // 2)
@@ -209,15 +209,31 @@ class TeacherFusion(nn.Module):
         """
 
         def project(t: int, a: int) -> Tensor:
-            last, projection = self._translators[t].second, self._projection(t, a)
             with torch.autocast(hidden[t].device.type, enabled=False):  # weights of weights: not in half precision
-                into = projection.weight.flatten(1)
-                weight = into @ last.weight.flatten(1)
-                assert projection.bias is not None and last.bias is not None
-                bias = torch.addmv(projection.bias, into, last.bias)
+                weight, bias = self._folded(t, a)
             return F.conv2d(hidden[t], weight[:, :, None, None], bias)
 
         return self._mixed(maps_BShw, project)
+
+    def _folded(self, t: int, a: int) -> tuple[Tensor, Tensor]:
+        """Return weight ``[S, hidden]`` and bias ``[S]`` of the last layer of translator ``t``, then its projection."""
+        projection, last = self._projection(t, a), self._translators[t].second
+        into = projection.weight.flatten(1)
+        if not isinstance(last, nn.Conv2d):  # folded for good
+            return into, _bias(projection)
+        return into @ last.weight.flatten(1), _bias(projection) + into @ _bias(last)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make each translator's last layer and its projections one, for good: for deployment."""
+        folded = [self._folded(t, a) for t in range(len(self.targets)) for a in range(len(self.at))]
+        self.projections = nn.ModuleList()
+        for weight, bias in folded:
+            self.projections.append(conv := nn.Conv2d(weight.shape[1], weight.shape[0], 1).to(weight))
+            conv.weight.copy_(weight[:, :, None, None])
+            _bias(conv).copy_(bias)
+        for translator in self._translators:
+            translator.second = nn.Identity()
 
     @property
     def _translators(self) -> list[Translator]:
@@ -257,6 +273,11 @@ class TeacherFusion(nn.Module):
             return spec.grid(side_px)
         zoom, grid = side_px / source.pass_px, spec.grid(source.pass_px)
         return Grid(grid.tokens, grid.stride_px * zoom, grid.offset_px * zoom)
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
 
 
 def nearest_map(maps: Sequence[MapSpec], stride_px: float) -> int:

@@ -9,6 +9,7 @@ Shape legend: B batch, C classes, H W image side in pixels, h w input grid, p q 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,12 +26,17 @@ __all__ = ["DeployedStudent", "PortableOperators", "adaptive_average", "antialia
 class DeployedStudent(nn.Module):
     """Float RGB ``[B, 3, H, W]`` in 0..1, any side, to probabilities ``[B, C, H, W]``.
 
-    What ``FusedStudent.predict`` computes, then softmax: normalisation, translators and fusion are inside.
+    What ``FusedStudent.predict`` computes, then softmax: normalisation, translators and fusion are inside, without the
+    channels of any teacher (``TeacherFusion.fold``, of a copy).
     """
 
     def __init__(self, model: FusedStudent) -> None:
         super().__init__()
         self.model = model
+        if model.fusion is not None and model.fuses:
+            self.model = copy.deepcopy(model)
+            assert self.model.fusion is not None
+            self.model.fusion.fold()
 
     def forward(self, image_B3HW: Tensor) -> Tensor:
         """Return the probabilities of the classes; they add up to 1 at each pixel."""

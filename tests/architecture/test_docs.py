@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from rsmtdf_cli.app import COMMANDS, load
+from rsmtdf_cli.app import COMMANDS
+from rsmtdf_cli.lazy import load
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 
 
 def commands() -> Iterator[tuple[str, Any]]:
     for name in COMMANDS:
-        found = load(name)
+        found = load(name, COMMANDS[name])
         yield name, found
         for sub, command in getattr(found, "commands", {}).items():
             yield f"{name} {sub}", command

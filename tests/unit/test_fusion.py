@@ -95,6 +95,18 @@ def test_fusion_without_translations_is_fusion_of_translations(translator: str, 
         assert a.abs().max() > 0
 
 
+@pytest.mark.parametrize("translator", ["linear", "mlp", "conv"])
+def test_folding_for_good_changes_no_logit_and_leaves_no_channel_of_a_teacher(translator: str) -> None:
+    model = built(distill={"hidden": 6, "translator": translator}, fuse={"share": 0.5, "at": [0, -1]}).eval()
+    image = torch.rand(1, 3, 64, 64)
+    before = model(image)
+    assert model.fusion is not None
+    model.fusion.fold()
+    torch.testing.assert_close(model(image), before, rtol=1e-5, atol=1e-6)
+    sides = {side for n, p in model.named_parameters() if n.startswith("fusion.") for side in p.shape[:2]}
+    assert not sides & {t.channels for t in TARGETS}
+
+
 def test_folded_weights_are_not_made_in_half_precision() -> None:
     model = built(fuse={"share": 1.0}).eval()
     fusion = model.fusion
