@@ -1,4 +1,6 @@
-"""Whether a tile's bits depend on its place in a micro-batch: asked of the machine, before the first shard.
+"""Which micro-batch a machine can take: one that fits its memory, and in which a tile's bits have no place.
+
+Asked of the machine, before the first shard.
 
 A tile has the same features wherever it stands in a dataset only if it has them at every place of a micro-batch. Most
 kernels promise that, some do not: with two threads, MKL multiplies matrices of 5 to 11 rows by other code near the end
@@ -11,6 +13,7 @@ import weakref
 from typing import Any
 
 import numpy as np
+import torch
 
 from rsmtdf_cache.encode import encode_shown
 from rsmtdf_cache.events import EventSink, Warned, ignore_events
@@ -29,10 +32,24 @@ def steady_profile(
 ) -> NumericsProfile:
     """Return the numerics for a new array set: ``profile``, tile by tile where its micro-batch is not steady.
 
-    ``fixed``: the user chose the micro-batch, so it stays, with a warning.
+    A micro-batch that does not fit the device's memory is halved until it does. ``fixed``: the user chose the
+    micro-batch, so it stays, with a warning, or raises torch's ``OutOfMemoryError``.
     """
-    if not bits_depend_on_place(profile, teacher, arrays):
-        return profile
+    while True:
+        try:
+            if not bits_depend_on_place(profile, teacher, arrays):
+                return profile
+            break
+        except torch.cuda.OutOfMemoryError:
+            if fixed or profile.micro_batch == 1:
+                raise
+            half = profile.micro_batch // 2
+        torch.cuda.empty_cache()  # nothing where there is no GPU
+        on_event(Warned(
+            f"{arrays.label}: a micro-batch of {profile.micro_batch} tiles does not fit on {profile.device}; "
+            f"{half} are tried"
+        ))  # fmt: skip
+        profile = profile.model_copy(update={"micro_batch": half})
     found = (
         f"{arrays.label}: on this machine the bits of a tile depend on its place in a micro-batch of "
         f"{profile.micro_batch} with {profile.threads} threads"

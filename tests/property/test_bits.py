@@ -231,3 +231,27 @@ def test_a_micro_batch_that_the_user_fixed_stays_with_a_warning(pictures: Path, 
     request = BuildRequest.of({"data": pictures, "out": tmp_path / "c", "teachers": ["mean"], "micro_batch": 2})
     teacher, sets = arrays_of("mean", request, 64, load_placed)
     assert bits_depend_on_place(decide_profile(request, teacher), teacher, sets[0])
+
+
+class Small(MeanTeacher):
+    """Has memory for three tiles at once."""
+
+    def encode(
+        self, tiles_BHW3: torch.Tensor, size_px: int, layers: Sequence[str], precision: str = "float32"
+    ) -> dict[str, torch.Tensor]:
+        if len(tiles_BHW3) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 tile")
+        return super().encode(tiles_BHW3, size_px, layers, precision)
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_until_it_does_and_recorded(pictures: Path, tmp_path: Path) -> None:
+    request = BuildRequest.of({"data": pictures, "out": tmp_path / "store", "teachers": ["mean"], "scales": [1.0]})
+    events: list[object] = []
+    build_store(request, events.append, load_teacher=lambda r, device="cpu": Small(r.name))
+    said = [e.text for e in events if isinstance(e, Warned) and "does not fit" in e.text]
+    assert [m[m.index("micro-batch of ") + 15 :][:7] for m in said] == ["8 tiles", "4 tiles"]
+    (profile,) = FeatureStore.open(tmp_path / "store").describe()["profiles"]
+    assert profile["micro_batch"] == 2
+    fixed = request.model_copy(update={"out": tmp_path / "fixed", "micro_batch": 4})
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        build_store(fixed, load_teacher=lambda r, device="cpu": Small(r.name))
