@@ -4,9 +4,11 @@
 
 One store is written by this package's own writer, and the same codes once more in each of the other formats. All
 readers that can are given the same random order of tiles and the same boxes; each delivers batches of 16 as one torch
-tensor that owns its memory. Those marked "stream" choose their own order. Runs alternate: every round goes once through
-all readers, and a ratio is the median over rounds of ours, or theirs, against the memory map of the same round. Ratios
-of processor time (all threads) stand beside those of the clock: other jobs on a machine disturb them less.
+tensor that owns its memory. Only "memory map, one batch" overwrites one batch for ever, which then stays in the
+processor's caches: no trainer may do so, and a copy costs no less. Those marked "stream" choose their own order. Runs
+alternate: every round goes once through all readers, and a ratio is the median over rounds of ours, or theirs, against
+the memory maps of the same round. Ratios of processor time (all threads) stand beside those of the clock: other jobs on
+a machine disturb them less.
 
 Beside the codes this package reads the scale of each token (int8), which the others are not given. What is not
 installed is left out and named: ``pip install 'rsmtdf[bench]'`` brings all of it.
@@ -35,6 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rsmtdf_cache.allocate import BlockPool
 from rsmtdf_cache.codecs import Calibration, Codes
 from rsmtdf_cache.layout import ArraySet, StorePaths, choose_group_rows
 from rsmtdf_cache.ledger import Ledger
@@ -85,13 +88,15 @@ class Form:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One batch: rows, and of each the corner of a square of ``side`` tokens."""
+    """One batch: rows, and of each the corner of a square of ``side`` tokens; ``boxes``: the same in pixels."""
 
     rows: list[int]
     corners: list[tuple[int, int]]
     side: int
+    boxes: list[Box]
 
 
+_REUSED = "memory map, one batch"
 _Read = Callable[[Wanted], Tensor]
 _Stream = Callable[[int], Iterator[Tensor]]
 
@@ -113,7 +118,8 @@ def _batches(form: Form, side: int, seed: int) -> list[Wanted]:
     found = []
     for start in range(0, form.tiles - BATCH + 1, BATCH):
         corners = rng.integers(0, form.side - side + 1, (BATCH, 2)).tolist()
-        found.append(Wanted(order[start : start + BATCH].tolist(), [(y, x) for y, x in corners], side))
+        boxes = [Box(y * STRIDE, x * STRIDE, STRIDE * side, STRIDE * side) for y, x in corners]
+        found.append(Wanted(order[start : start + BATCH].tolist(), [(y, x) for y, x in corners], side, boxes))
     return found
 
 
@@ -176,30 +182,36 @@ def _write_store(out: Path, form: Form) -> None:
 def _ours(root: Path, form: Form) -> list[Reader]:
     files = sorted(p for p in (root / "zarr").rglob("*") if p.is_file() and p.stat().st_size > _MiB)
 
-    def boxes(wanted: Wanted) -> list[Box]:
-        px = STRIDE * wanted.side
-        return [Box(y * STRIDE, x * STRIDE, px, px) for y, x in wanted.corners]
-
     def store() -> _Read:
         opened = FeatureStore.open(root)
         (key,) = opened.keys()
-        return lambda wanted: torch.from_numpy(opened.read_codes(key, wanted.rows, boxes(wanted)).values)
-
-    def training() -> _Read:
-        opened = FeatureStore.open(root)
-        targets = CachedTargets(opened, (), Geometry(STRIDE * form.side, STRIDE * form.side, STRIDE, (0,)))
-        (name,) = targets.specs
-
-        def read(wanted: Wanted) -> Tensor:
-            asked = [TargetRequest(row, 0, box) for row, box in zip(wanted.rows, boxes(wanted), strict=True)]
-            return torch.from_numpy(targets.read(asked)[name].values)
-
-        return read
+        return lambda wanted: torch.from_numpy(opened.read_codes(key, wanted.rows, wanted.boxes).values)
 
     return [
-        Reader("rsmtdf, training", "CachedTargets.read: what the loader of a run calls", files, training),
-        Reader("rsmtdf, store", "FeatureStore.read_codes", files, store),
+        Reader(
+            "rsmtdf, training", "CachedTargets, as the loader of a run calls it", files, lambda: _Training(root, form)
+        ),
+        Reader("rsmtdf, store", "FeatureStore.read_codes into new batches", files, store),
     ]
+
+
+class _Training:
+    """What the loader of a run does for the features of a batch: hears of the next one, reads this one."""
+
+    def __init__(self, root: Path, form: Form) -> None:
+        px = STRIDE * form.side
+        self._targets = CachedTargets(FeatureStore.open(root), (), Geometry(px, px, STRIDE, (0,)))
+        (self._name,) = self._targets.specs
+        self._pool = BlockPool()
+
+    def _requests(self, wanted: Wanted) -> list[TargetRequest]:
+        return [TargetRequest(row, 0, box) for row, box in zip(wanted.rows, wanted.boxes, strict=True)]
+
+    def will_read(self, wanted: Wanted) -> None:
+        self._targets.will_read(self._requests(wanted))
+
+    def __call__(self, wanted: Wanted) -> Tensor:
+        return torch.from_numpy(self._targets.read(self._requests(wanted), self._pool.empty)[self._name].values)
 
 
 def _filled(wanted: Wanted, form: Form, tile: Callable[[int], Any]) -> Tensor:
@@ -222,7 +234,23 @@ def _memmap(work: Path, form: Form) -> list[Reader]:
         mapped = np.load(path, mmap_mode="r").view(np.ndarray)  # slices of the subclass np.memmap are slower
         return lambda wanted: _filled(wanted, form, mapped.__getitem__)
 
-    return [Reader("memory map", "np.load(mmap_mode='r'), one copy into a new batch", [path], opened)]
+    def reused() -> _Read:
+        mapped = np.load(path, mmap_mode="r").view(np.ndarray)
+        kept: dict[int, NDArray[Any]] = {}
+
+        def read(wanted: Wanted) -> Tensor:
+            side = wanted.side
+            values = kept.setdefault(side, np.empty((BATCH, side, side, CHANNELS), form.dtype))
+            for n, (row, (y, x)) in enumerate(zip(wanted.rows, wanted.corners, strict=True)):
+                values[n] = mapped[row, y : y + side, x : x + side]
+            return torch.from_numpy(values)
+
+        return read
+
+    return [
+        Reader("memory map", "np.load(mmap_mode='r'), one copy into a new batch", [path], opened),
+        Reader(_REUSED, "the same into one batch that is overwritten: what a trainer may not do", [path], reused),
+    ]
 
 
 def _npy(work: Path, form: Form) -> list[Reader]:
@@ -473,6 +501,13 @@ _PEERS: dict[str, tuple[str, Callable[[Path, Form], list[Reader]]]] = {
 # --- rounds ----------------------------------------------------------------------------------------------------------
 
 
+def _in_order(reader: _Read, batches: list[Wanted]) -> Iterator[Tensor]:
+    for n, wanted in enumerate(batches):
+        if isinstance(reader, _Training) and n + 1 < len(batches):
+            reader.will_read(batches[n + 1])
+        yield reader(wanted)
+
+
 def _pass(
     reader: _Read | _Stream, streams: bool, batches: list[Wanted], most_s: float = _MOST_SECONDS
 ) -> tuple[float, float]:
@@ -481,9 +516,7 @@ def _pass(
     Or over as many of them as fit into ``most_s``.
     """
     count, begun, used = 0, time.perf_counter(), time.process_time()
-    found: Iterator[Tensor] = (
-        reader(batches[0].side) if streams else (reader(wanted) for wanted in batches)  # type: ignore
-    )
+    found: Iterator[Tensor] = reader(batches[0].side) if streams else _in_order(reader, batches)  # type: ignore
     for batch in found:
         count += len(batch)
         assert batch.shape[1] == batches[0].side
@@ -501,11 +534,15 @@ def _warm(readers: list[Reader], form: Form, rounds: int, side: int) -> dict[str
             passed = _pass(read, reader.streams, batches)
             if number > 1:  # the first rounds warm caches
                 found[reader.name].append(passed)
-    base = found["memory map"]
     summary = {}
     for reader in readers:
-        rates = [mine / map_ for (mine, _), (map_, _) in zip(found[reader.name], base, strict=True)]
-        work = [map_ / mine for (_, mine), (_, map_) in zip(found[reader.name], base, strict=True)]
+        (rates, work), (of_reused, work_of_reused) = (
+            (
+                [mine / map_ for (mine, _), (map_, _) in zip(found[reader.name], found[base], strict=True)],
+                [map_ / mine for (_, mine), (_, map_) in zip(found[reader.name], found[base], strict=True)],
+            )
+            for base in ("memory map", _REUSED)
+        )
         summary[reader.name] = {
             "per_s": round(statistics.median(rate for rate, _ in found[reader.name]), 1),
             "of_memory_map": round(statistics.median(rates), 3),
@@ -513,6 +550,8 @@ def _warm(readers: list[Reader], form: Form, rounds: int, side: int) -> dict[str
             "highest": round(max(rates), 3),
             "processor_us": round(statistics.median(us for _, us in found[reader.name]), 1),
             "of_memory_map_processor": round(statistics.median(work), 3),
+            "of_one_batch": round(statistics.median(of_reused), 3),
+            "of_one_batch_processor": round(statistics.median(work_of_reused), 3),
             "stream": reader.streams,
             "how": reader.how,
         }
@@ -553,12 +592,13 @@ def _sequential(files: list[Path]) -> float:
 
 def _cold(readers: list[Reader], form: Form, rounds: int) -> dict[str, Any]:
     """Return MB/s of whole tiles from files that the system was told to forget, against reading ours in sequence."""
+    ours = next(r for r in readers if r.name.startswith("rsmtdf"))
     rates: dict[str, list[float]] = {"in sequence": []} | {r.name: [] for r in readers}
     held: dict[str, list[float]] = {name: [] for name in rates}
     for number in range(rounds):
         batches = _batches(form, form.side, number)
-        held["in sequence"].append(_drop(readers[1].files))
-        rates["in sequence"].append(_sequential(readers[1].files))
+        held["in sequence"].append(_drop(ours.files))
+        rates["in sequence"].append(_sequential(ours.files))
         for reader in readers:
             held[reader.name].append(_drop(reader.files))
             read = reader.open()
@@ -611,17 +651,19 @@ def _measured(form: Form, rounds: int, cold: bool, work: Path, only: list[str]) 
 def _show(found: dict[str, Any]) -> None:
     form = found["form"]
     print(f"\n{form['tiles']} tiles of {form['side']}x{form['side']}x{CHANNELS} {form['codec']}")
-    print("tiles or crops a second, share of the memory map, the same of processor time; cold: MB/s, of in sequence")
-    print(f"{'':26}{'whole tiles':>21}{'crops of half the side':>26}" + ("  cold" if "cold" in found else ""))
+    print("tiles or crops a second; share of the memory map, of the one that overwrites one batch, each once more in")
+    print("processor time; cold: MB/s, of in sequence")
+    print(f"{'':26}{'whole tiles':>34}{'crops of half the side':>36}" + ("  cold" if "cold" in found else ""))
     for name, whole in found["whole"].items():
         line = f"{name + (' (stream)' if whole['stream'] else ''):26}"
         for part in (whole, found["crops"][name]):
-            line += f"{part['per_s']:9.0f}{part['of_memory_map']:6.2f}{part['of_memory_map_processor']:6.2f}   "
+            line += f"{part['per_s']:9.0f}{part['of_memory_map']:6.2f}{part['of_one_batch']:6.2f}  "
+            line += f"{part['of_memory_map_processor']:6.2f}{part['of_one_batch_processor']:6.2f}  "
         if "cold" in found:
             line += f"{found['cold'][name]['mb_per_s']:8.0f}{found['cold'][name]['of_sequence']:6.2f}"
         print(line)
     if "cold" in found:
-        print(f"{'reading in sequence, cold':74}{found['cold']['in sequence']['mb_per_s']:8.0f}")
+        print(f"{'reading in sequence, cold':97}{found['cold']['in sequence']['mb_per_s']:8.0f}")
     if found["absent"]:
         print(f"left out, not installed: {', '.join(found['absent'])}")
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,15 +20,34 @@ from rsmtdf_cache.specs import FeatureKey, FeatureSpec
 if TYPE_CHECKING:
     from rsmtdf_cache.share.remote import RemoteMirror
 
-__all__ = ["OpenShards", "VerifyReads"]
+__all__ = ["ArrayShards", "OpenShards", "VerifyReads"]
 
 VerifyReads = Literal["first", "always", "never"]
+
+
+class ArrayShards:
+    """The shards of one part of an array: ``records`` of those committed, by row group, and which are ``opened``."""
+
+    def __init__(self, owner: OpenShards, key: FeatureKey, part: Part, records: Mapping[int, ShardRecord]) -> None:
+        self.key, self.part, self.records = key, part, records
+        self.opened: dict[int, ShardReader] = {}
+        self._owner = owner
+        self._compares = owner.verify_reads == "always"
+
+    def get(self, group: int) -> ShardReader | None:
+        """Return the shard of a row group, None for one that is not committed.
+
+        Raises ``FindingsError`` for a damaged or missing one, ``MismatchError`` for one that lies elsewhere,
+        ``ResourceError`` when it cannot be fetched.
+        """
+        shard = self.opened.get(group)
+        return self._owner.open(self, group) if shard is None or self._compares else shard
 
 
 class OpenShards:
     """Maps a shard when it is first asked for, and keeps it. Safe among threads, and after a fork.
 
-    ``records``: which shards of an array are committed, by row group. ``mirror`` fetches those of a remote store.
+    ``mirror`` fetches the shards of a remote store.
     """
 
     def __init__(
@@ -41,38 +60,35 @@ class OpenShards:
         mirror: RemoteMirror | None,
     ) -> None:
         self._paths, self._specs, self._group_rows = paths, specs, group_rows
-        self._verify_reads, self._mirror = verify_reads, mirror
-        # Read at every crop, so looked up once.
-        self.records = {(k, p): ledger.shards(k, p) for k, spec in specs.items() for p in parts_of(spec)}
-        self._open: dict[tuple[FeatureKey, Part], dict[int, ShardReader]] = {}
+        self.verify_reads, self._mirror = verify_reads, mirror
+        self._parts = {
+            (key, part): ArrayShards(self, key, part, ledger.shards(key, part))
+            for key, spec in specs.items()
+            for part in parts_of(spec)
+        }
         self.lock = threading.Lock()
         _OPEN.add(self)
+
+    def of(self, key: FeatureKey, part: Part = "features") -> ArrayShards:
+        """Return the shards of one part of an array. What reads it often keeps it: hashing a key takes long."""
+        return self._parts[key, part]
 
     @property
     def _shown(self) -> str:
         return str(self._paths.root) if self._mirror is None else self._mirror.address.shown
 
-    def of(self, key: FeatureKey, groups: Collection[int], part: Part = "features") -> dict[int, ShardReader | None]:
-        """Return the shards of row groups of an array, None for one that is not committed.
-
-        Raises ``FindingsError`` for a damaged or missing one, ``MismatchError`` for one that lies elsewhere,
-        ``ResourceError`` when it cannot be fetched.
-        """
-        records = self.records[key, part]
-        found: dict[int, ShardReader | None] = {}
+    def open(self, shards: ArrayShards, group: int) -> ShardReader | None:
+        """Return a shard that ``shards`` has not opened yet, or is to compare at every read."""
+        record = shards.records.get(group)
+        if record is None:
+            return None
         with self.lock:
-            opened = self._open.setdefault((key, part), {})
-            for group in groups:
-                record, shard = records.get(group), opened.get(group)
-                if record is None:
-                    found[group] = None
-                    continue
-                if shard is None:
-                    shard = opened[group] = self._open_shard(key, group, part, record)
-                elif self._verify_reads == "always":
-                    _compare(shard, record)
-                found[group] = shard
-        return found
+            shard = shards.opened.get(group)
+            if shard is None:
+                shard = shards.opened[group] = self._open_shard(shards.key, group, shards.part, record)
+            elif self.verify_reads == "always":
+                _compare(shard, record)
+            return shard
 
     def _open_shard(self, key: FeatureKey, group: int, part: Part, record: ShardRecord) -> ShardReader:
         place = self._paths.shard(key, group, part)
@@ -90,7 +106,7 @@ class OpenShards:
 
     def _checked(self, place: Path, key: FeatureKey, record: ShardRecord) -> ShardReader:
         shard = self._map(place, key, record)
-        if self._verify_reads == "always" or (self._verify_reads == "first" and not is_checked(place, record.sha256)):
+        if self.verify_reads == "always" or (self.verify_reads == "first" and not is_checked(place, record.sha256)):
             _compare(shard, record)
             mark_checked(place, record.sha256)
         return shard
@@ -106,9 +122,9 @@ class OpenShards:
                     "`rsmtdf cache gc` ran meanwhile"
                 ) from None
         # What was evicted stays on the disk as long as it is mapped here, beyond the bound of the cache.
-        for opened in self._open.values():
-            for group in [group for group, shard in opened.items() if not shard.path.exists()]:
-                del opened[group]
+        for shards in self._parts.values():
+            for group in [group for group, shard in shards.opened.items() if not shard.path.exists()]:
+                del shards.opened[group]
         for _ in range(10):  # another process may evict the shard before it is mapped
             self._mirror.ensure(record, place)
             with contextlib.suppress(FileNotFoundError):

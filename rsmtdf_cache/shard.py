@@ -6,10 +6,12 @@ two little-endian uint64 (offset, length; both 2**64 - 1 = absent), then the crc
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import mmap
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +26,16 @@ from rsmtdf_cache import files
 from rsmtdf_cache.codecs.compressors import compress, decompress
 from rsmtdf_cache.errors import FindingsError
 
-__all__ = ["ShardLayout", "ShardReader", "ShardWriter"]
+__all__ = ["RowRead", "ShardLayout", "ShardReader", "ShardWriter"]
+
+#: One crop: its place in the batch, the row of the shard, its first token (y, x). A plain tuple: there are many.
+RowRead = tuple[int, int, int, int]
 
 _ABSENT = np.uint64(2**64 - 1)
+
+#: Advice to read ahead is cut short by the system at what a device reads at once, which is seldom less than this.
+_ADVICE = 128 * 1024
+_WILLNEED: int | None = getattr(mmap, "MADV_WILLNEED", None)  # None: no such system
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,8 @@ class ShardWriter:
 def _order_of_tokens(height: int, width: int, ch: int, cw: int) -> NDArray[np.intp]:
     """Return where each token of a map comes, ``[height, width]``, counted over the chunks as they come."""
     ys, xs = np.arange(height)[:, None], np.arange(width)
-    return ((ys // ch * math.ceil(width / cw) + xs // cw) * ch + ys % ch) * cw + xs % cw
+    order: NDArray[np.intp] = ((ys // ch * math.ceil(width / cw) + xs // cw) * ch + ys % ch) * cw + xs % cw
+    return order
 
 
 class ShardReader:
@@ -178,8 +188,11 @@ class ShardReader:
         # What every read needs, looked up once.
         self._here: list[bool] = self.present.tolist()
         self._single = layout.grid == (1, 1)
-        self._tokens = _order_of_tokens(layout.height, layout.width, *layout.chunk[1:3])
         self._maps, self._places = self._in_order(end)
+        self._tokens = _order_of_tokens(layout.height, layout.width, *layout.chunk[1:3])
+        # Which rows the system was told of. Smaller ones come with their neighbours, without being asked for.
+        self._advises = _WILLNEED is not None and layout.row_nbytes >= _ADVICE // 2
+        self.left_memory()
 
     def _in_order(self, end: int) -> tuple[NDArray[Any] | None, list[int]]:
         """Return the maps as they lie in the file, and each row's place among them.
@@ -210,23 +223,61 @@ class ShardReader:
         """Return whether the shard holds the map of ``row``."""
         return self._here[row]
 
-    def read(self, row: int, y: int, x: int, out: NDArray[Any]) -> None:
-        """Fill ``out`` ``[h, w, channels]`` with the map of ``row`` from token ``(y, x)`` on; absent = fill value.
-
-        Of raw chunks every token is copied once, from the mapping to ``out``, by one call of numpy for the whole box: a
-        call takes as long as the copy of a small crop.
+    def will_read(self, rows: Iterable[int]) -> int:
+        """Let the system fetch the maps of ``rows`` from the disk meanwhile: each of them once, so that it costs
+        nothing when they lie in memory. Return how many were new.
         """
-        if not self._here[row]:
-            out[...] = self.layout.fill
+        asked, new = self._asked, 0
+        for row in rows:
+            if not asked[row]:
+                asked[row], new = 1, new + 1
+                if self._here[row]:
+                    self._advise(row)
+        return new
+
+    def left_memory(self) -> None:
+        """Forget which rows were asked for, because their pages were taken for something else."""
+        self._asked = bytearray(b"\0" if self._advises else b"\1") * self.layout.rows
+
+    def _advise(self, row: int) -> None:
+        start = int(self._offsets[row].min()) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = int((self._offsets[row] + self._lengths[row]).max())
+        if _WILLNEED is None or end - start > 2 * self.layout.row_nbytes + mmap.PAGESIZE:  # its chunks lie far apart
             return
+        for place in range(start, end, _ADVICE):
+            with contextlib.suppress(OSError):  # it is advice: a file system may not take it
+                self._map.madvise(_WILLNEED, place, min(_ADVICE, end - place))
+
+    def read(self, row: int, y: int, x: int, out: NDArray[Any]) -> None:
+        """Fill ``out`` ``[h, w, channels]`` with the map of ``row`` from token ``(y, x)`` on; absent = fill value."""
+        self.read_rows([(0, row, y, x)], out[None])
+
+    def read_rows(self, reads: Sequence[RowRead], out: NDArray[Any]) -> None:
+        """Fill the places of ``reads`` in ``out`` ``[n, h, w, channels]``, C-contiguous; absent = fill value.
+
+        Of raw chunks every token is copied once, from the mapping to ``out``, by one call of numpy for a crop: a call
+        takes as long as the copy of a small crop.
+        """
+        maps, places, here = self._maps, self._places, self._here
+        height, width = out.shape[1:3]
+        if maps is None or not all([here[row] for _, row, _, _ in reads]):
+            for place, row, y, x in reads:
+                if here[row]:
+                    self._read_chunks(row, y, x, out[place])
+                else:
+                    out[place] = self.layout.fill
+        elif self._single:
+            for place, row, y, x in reads:
+                out[place] = maps[places[row], y : y + height, x : x + width]
+        else:
+            tokens = self._tokens
+            for place, row, y, x in reads:
+                # mode: with "raise" numpy fills a copy of out first.
+                maps[places[row]].take(tokens[y : y + height, x : x + width], 0, out[place], "clip")
+
+    def _read_chunks(self, row: int, y: int, x: int, out: NDArray[Any]) -> None:
+        """Fill ``out`` from chunks that are packed, or lie in any order."""
         height, width = out.shape[:2]
-        if self._maps is not None and self._single:
-            out[...] = self._maps[self._places[row], y : y + height, x : x + width]
-            return
-        if self._maps is not None:
-            # mode: with "raise" numpy fills a copy of out first.
-            self._maps[self._places[row]].take(self._tokens[y : y + height, x : x + width], 0, out, "clip")
-            return
         ch, cw = self.layout.chunk[1:3]
         for i in range(y // ch, (y + height - 1) // ch + 1):
             for j in range(x // cw, (x + width - 1) // cw + 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,14 @@ from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, UsageError, did_you_mean
 from rsmtdf_cache.files import read_json
 from rsmtdf_cache.head import find_snapshot, load_whole, recorded_snapshot
-from rsmtdf_cache.layout import PARTS, StorePaths, contradiction, parts_of, shard_layout
+from rsmtdf_cache.layout import StorePaths, contradiction, parts_of, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.open_shards import OpenShards, VerifyReads
+from rsmtdf_cache.read_plan import Lattice, ReadPlan
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec
 from rsmtdf_cache.tiles import TileTable
-from rsmtdf_cache.views import Box, CropBox, token_box
+from rsmtdf_cache.views import Box, CropBox
 
 if TYPE_CHECKING:
     import xarray
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from rsmtdf_cache.share.remote import RemoteMirror
 
 __all__ = ["FeatureStore", "Features"]
-
-_BOXES = 4096  # of one array that are remembered
 
 
 @dataclass(frozen=True)
@@ -53,27 +52,13 @@ class Features:
     exact: bool = True
 
 
-class _Known:
+class _Array:
     """What every read of an array needs, looked up once."""
 
-    def __init__(self, key: FeatureKey, spec: FeatureSpec) -> None:
-        self.key, self.spec = key, spec
+    def __init__(self, spec: FeatureSpec, lattice: Lattice, shards: OpenShards) -> None:
+        self.key, self.spec, self.lattice = spec.key, spec, lattice
         self.layouts = {part: shard_layout(spec, 1, part) for part in parts_of(spec)}
-        self.whole = Box(0, 0, *spec.grid)
-        self._boxes: dict[tuple[float, float, float, float], Box] = {}
-
-    def tokens(self, boxes: Sequence[Box | CropBox]) -> list[Box]:
-        """Return ``token_box`` of each, remembered: crops lie on a lattice, so there are few, and each comes often."""
-        found = []
-        for box in boxes:
-            place = (box.y, box.x, box.height, box.width)
-            tokens = self._boxes.get(place)
-            if tokens is None:
-                if len(self._boxes) >= _BOXES:
-                    self._boxes.clear()
-                tokens = self._boxes[place] = token_box(self.spec, box)
-            found.append(tokens)
-        return found
+        self.shards = {part: shards.of(spec.key, part) for part in self.layouts}
 
 
 class FeatureStore:
@@ -109,7 +94,12 @@ class FeatureStore:
                 raise FindingsError(f"{self.path}: {key}: {wrong}; the record is damaged or hostile")
         self._shards = OpenShards(self.paths, ledger, self._specs, self.manifest.group_rows, verify_reads, mirror)
         self._codecs: dict[FeatureKey, Codec] = {}
-        self._known = {key: _Known(key, spec) for key, spec in self._specs.items()}
+        lattices: dict[tuple[object, ...], Lattice] = {}
+        self._arrays: dict[FeatureKey, _Array] = {}
+        for key, spec in self._specs.items():
+            if (kind := Lattice.key_of(spec)) not in lattices:
+                lattices[kind] = Lattice(spec, self.manifest.group_rows)
+            self._arrays[key] = _Array(spec, lattices[kind], self._shards)
 
     @classmethod
     def open(cls, path: Path | str, snapshot: str | None = None, verify_reads: VerifyReads = "first") -> FeatureStore:
@@ -173,15 +163,15 @@ class FeatureStore:
         """Return what the array holds. Raises ``UsageError`` for a key that is not in the store."""
         return self._array(key).spec
 
-    def _array(self, key: FeatureKey) -> _Known:
+    def _array(self, key: FeatureKey) -> _Array:
         if not isinstance(key, FeatureKey):
             raise UsageError(f"{key!r} is no FeatureKey; write FeatureKey.parse({str(key)!r}), or take one of keys()")
-        if key not in self._known:
+        if key not in self._arrays:
             names = [str(k) for k in self.keys()]
             raise UsageError(
                 f"{self.shown} has no array {key}.{did_you_mean(str(key), names)} It holds: {', '.join(names)}"
             )
-        return self._known[key]
+        return self._arrays[key]
 
     def codec(self, key: FeatureKey) -> Codec:
         """Return what turns stored codes of ``key`` into features. Raises ``FindingsError`` without its calibration."""
@@ -205,7 +195,7 @@ class FeatureStore:
         self.spec(key)
         mask = np.zeros(len(self.tiles), np.bool_)
         commits = self._commits(key)
-        for group in self._shards.records[key, "features"]:
+        for group in self._shards.of(key).records:
             mask[commits[group].start : commits[group].stop] = True
         return mask & self.tiles.filled
 
@@ -248,35 +238,77 @@ class FeatureStore:
         are not committed have NaN as value or scale. ``out``, of ``empty_codes``, is filled at the places ``at``
         (default: all, in order) and returned: every token is copied once. Raises what ``read`` raises.
         """
-        known = self._array(key)
-        key, spec = known.key, known.spec
-        numbers = self._rows(key, rows)
-        crops = [known.whole] * len(numbers) if boxes is None else known.tokens(boxes)
-        sizes = {(c.height, c.width) for c in crops}
-        if len(crops) != len(numbers) or len(sizes) > 1:
-            raise UsageError(f"{key}: give one box for each of the {len(numbers)} rows, all of one size")
+        plan = self.plan(key, rows, boxes, at if out is not None else None)
         if out is None:
-            out, at = self.empty_codes(key, len(numbers), sizes.pop() if sizes else spec.grid), None
-        where = [divmod(row, self.manifest.group_rows) for row in numbers]
-        groups, places = {group for group, _ in where}, range(len(where)) if at is None else at
-        for part, array in zip(PARTS, (out.values, None if out.scale is None else out.scale[..., None]), strict=True):
-            if array is None:
-                continue
-            shards = self._shards.of(key, groups, part)
-            for place, (group, offset), crop in zip(places, where, crops, strict=True):
-                shard = shards[group]
-                if shard is None:
-                    array[place] = known.layouts[part].fill
-                else:
-                    shard.read(offset, crop.y, crop.x, array[place])
+            out = self.empty_codes(key, len(rows), plan.size)
+        self.read_planned(key, plan, out)
         return out
+
+    def lattice(self, key: FeatureKey) -> Lattice:
+        """Return where the tokens of ``key`` lie: arrays with the same lattice are read by one plan."""
+        return self._array(key).lattice
+
+    def plan(
+        self,
+        key: FeatureKey,
+        rows: Sequence[int],
+        boxes: Sequence[Box | CropBox] | None = None,
+        at: Sequence[int] | None = None,
+    ) -> ReadPlan:
+        """Return what ``read_codes`` works out before it copies; one plan does for all arrays of a ``lattice``.
+
+        Raises ``UsageError`` as ``read`` does.
+        """
+        array = self._array(key)
+        return array.lattice.plan(array.spec, self._rows(key, rows), boxes, at)
+
+    def read_planned(self, key: FeatureKey, plan: ReadPlan, out: Codes) -> None:
+        """Fill the planned places of ``out`` (of ``empty_codes``, of the plan's size) with the codes of ``key``.
+
+        Raises what ``read`` raises, ``UsageError`` for a plan of another lattice.
+        """
+        array = self._array(key)
+        if plan.lattice is not array.lattice:
+            raise UsageError(f"{key}: this plan is of arrays whose tokens lie elsewhere; make one with plan({key}, …)")
+        for part, shards in array.shards.items():
+            into = out.values if part == "features" else out.scale[..., None]  # type: ignore[index]
+            for group, reads in plan.groups.items():
+                shard = shards.get(group)
+                if shard is not None:
+                    shard.will_read([row for _, row, _, _ in reads])
+                    shard.read_rows(reads, into)
+                    continue
+                for place, _, _, _ in reads:
+                    into[place] = array.layouts[part].fill
+
+    def will_read(self, key: FeatureKey, rows: Iterable[int]) -> int:
+        """Let the system fetch the maps of ``rows`` from the disk meanwhile, each of them once.
+
+        Advice: it opens no shard, changes nothing that is read, and costs little when all of it lies in memory.
+        ``rows`` are rows of the store. Return how many maps, of codes or scales, were asked for.
+        """
+        group_rows, new = self.manifest.group_rows, 0
+        opened = [shards.opened for shards in self._array(key).shards.values()]
+        for row in rows:
+            group, offset = divmod(row, group_rows)
+            for shards in opened:
+                if (shard := shards.get(group)) is not None:
+                    new += shard.will_read((offset,))
+        return new
+
+    def left_memory(self) -> None:
+        """Forget which rows were asked for: more is stored than memory holds, so they have to be fetched again."""
+        for array in self._arrays.values():
+            for shards in array.shards.values():
+                for shard in list(shards.opened.values()):
+                    shard.left_memory()
 
     def _present(self, key: FeatureKey, rows: Sequence[int]) -> NDArray[np.bool_]:
         """Return for each row whether its shard is committed and holds it."""
         found = []
         for row in self._rows(key, rows):
             group, offset = divmod(row, self.manifest.group_rows)
-            shard = self._shards.of(key, {group})[group]
+            shard = self._shards.of(key).get(group)
             found.append(shard is not None and shard.has(offset))
         return np.array(found, np.bool_)
 
@@ -284,12 +316,12 @@ class FeatureStore:
         self, key: FeatureKey, count: int, grid: tuple[int, int] | None = None, empty: Allocator = page_empty
     ) -> Codes:
         """Return room for ``count`` crops of ``grid`` tokens (default: whole maps); ``empty`` makes the arrays."""
-        known = self._array(key)
+        array = self._array(key)
         made = {
             part: empty(
-                (count, *(grid or known.spec.grid), *((layout.channels,) if part == "features" else ())), layout.dtype
+                (count, *(grid or array.spec.grid), *((layout.channels,) if part == "features" else ())), layout.dtype
             )
-            for part, layout in known.layouts.items()
+            for part, layout in array.layouts.items()
         }
         return Codes(made["features"], made.get("scale"))
 
@@ -349,6 +381,8 @@ class FeatureStore:
     def _rows(self, key: FeatureKey, rows: Sequence[int]) -> list[int]:
         """Return ``rows`` as numbers that do not overflow. Raises ``UsageError`` for one that the store lacks."""
         count = len(self.tiles)
+        if isinstance(rows, list) and rows and set(map(type, rows)) == {int} and min(rows) >= 0 and max(rows) < count:
+            return rows
         for row in rows:
             if not isinstance(row, (int, np.integer)) or not 0 <= row < count:
                 raise UsageError(f"{key}: there is no row {row!r}, the store has {count} (tiles.row_of gives rows)")

@@ -118,8 +118,15 @@ class TileDataset:
         """Return the features of ``draws`` as they are stored, ``{key: codes [n, h, w]}``; see ``TargetMode.read``."""
         if self.targets is None:
             return {}
-        requests = [TargetRequest(self._rows[d.tile_id], d.orientation, d.box, d.cut.view) for d in draws]
-        return self.targets.read(requests, empty)
+        return self.targets.read(self._requests(draws), empty)
+
+    def will_read(self, draws: Sequence[Draw]) -> None:
+        """Hear that the features of ``draws`` are read soon (``TargetMode.will_read``)."""
+        if self.targets is not None:
+            self.targets.will_read(self._requests(draws))
+
+    def _requests(self, draws: Sequence[Draw]) -> list[TargetRequest]:
+        return [TargetRequest(self._rows[d.tile_id], d.orientation, d.box, d.cut.view) for d in draws]
 
     def _cut(self, draw: Draw, features: dict[str, Codes]) -> Sample:
         image, label, *held = self._decode(draw.tile_id)

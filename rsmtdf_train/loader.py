@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rsmtdf_cache.allocate import Allocator, page_empty
+from rsmtdf_cache.allocate import Allocator, BlockPool
 from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.errors import DataError, UsageError
 from rsmtdf_cache.events import EventSink, ignore_events
@@ -34,14 +34,25 @@ if TYPE_CHECKING:
 __all__ = ["BatchLoader"]
 
 
+class _Drawn(NamedTuple):
+    """Which crops a batch, or a part of it, has."""
+
+    step: int
+    labeled: list[Draw]
+    unlabeled: list[Draw]
+
+
 class BatchLoader:
     """Batches of a recipe. ``threads`` work ahead of the trainer; their number changes no batch."""
 
     def __init__(
         self, dataset: TileDataset, recipe: Recipe, threads: int = 1, ahead: int = 2, pinned: bool = False
     ) -> None:
-        """``pinned``: make batches in page-locked memory, which a GPU copies from while it computes."""
-        self._empty: Allocator = _pinned if pinned else page_empty
+        """``pinned``: make batches in page-locked memory, which a GPU copies from while it computes.
+
+        torch uses such memory again by itself; of other memory the loader has a pool.
+        """
+        self._empty: Allocator = _pinned if pinned else BlockPool().empty
         self.dataset = dataset
         self.recipe = recipe
         self.threads = max(1, threads)
@@ -115,6 +126,10 @@ class BatchLoader:
         for sizes that cannot be cut (``check_parts``).
         """
         self.check_parts(parts)
+        return self._made(self._drawn(step, part, parts))
+
+    def _drawn(self, step: int, part: int, parts: int) -> _Drawn:
+        """Return which crops a batch has; their features are on the way from the disk from now on."""
         sizes = self.recipe.batch
         labeled = [
             self.labeled.draw(step * sizes.labeled + i) for i in _places(sizes.labeled, part, parts, paired=False)
@@ -123,12 +138,20 @@ class BatchLoader:
         if self.unlabeled is not None:
             places = _places(sizes.unlabeled, part, parts, paired=True)
             unlabeled = [self.unlabeled.draw(step * sizes.unlabeled + i) for i in places]
-        reads = self._reads(step)
-        return Batch(
-            step=step,
-            labeled=self._labeled(labeled, reads),
-            unlabeled=self._unlabeled(unlabeled, reads) if unlabeled else None,
+        if self._reads(step):
+            self.dataset.will_read([*labeled, *unlabeled])
+        return _Drawn(step, labeled, unlabeled)
+
+    def _made(self, drawn: _Drawn) -> Batch:
+        reads, faults = self._reads(drawn.step), _disk_faults()
+        batch = Batch(
+            step=drawn.step,
+            labeled=self._labeled(drawn.labeled, reads),
+            unlabeled=self._unlabeled(drawn.unlabeled, reads) if drawn.unlabeled else None,
         )
+        if self.targets is not None and _disk_faults() > faults:
+            self.targets.left_memory()
+        return batch
 
     def iterate(
         self, first_step: int, last_step: int, parts: Sequence[int] = (0,), of: int = 1
@@ -146,16 +169,23 @@ class BatchLoader:
         self, first_step: int, last_step: int, parts: tuple[int, ...], of: int
     ) -> Generator[list[Batch], None, None]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="rsmtdf-loader")
+        drawn: deque[list[Future[_Drawn]]] = deque()  # more than are waiting: the disk works while batches are made
         waiting: deque[list[Future[Batch]]] = deque()
-        step = first_step
+        next_draw = first_step
         try:
-            while step < last_step or waiting:
-                while step < last_step and len(waiting) <= self.ahead:
-                    waiting.append([pool.submit(self.batch, step, part, of) for part in parts])
-                    step += 1
+            while next_draw < last_step or drawn or waiting:
+                while next_draw < last_step and len(waiting) + len(drawn) <= 2 * self.ahead:
+                    drawn.append([pool.submit(self._drawn, next_draw, part, of) for part in parts])
+                    next_draw += 1
+                while drawn and len(waiting) <= self.ahead:
+                    waiting.append([pool.submit(self._made_of, one) for one in drawn.popleft()])
                 yield [made.result() for made in waiting.popleft()]
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _made_of(self, drawn: Future[_Drawn]) -> Batch:
+        # Drawn by a thread of the same pool, but asked for before, so it is done or under way.
+        return self._made(drawn.result())
 
     def _labeled(self, draws: Sequence[Draw], reads: bool) -> LabeledBatch:
         return LabeledBatch(*self._pixels(draws, reads))
@@ -235,6 +265,16 @@ def _places(size: int, part: int, parts: int, paired: bool) -> list[int]:
 def _view(drawn: Sequence[tuple[PhotometricParameters, CutMixBox]]) -> StrongView:
     parameters, boxes = zip(*drawn, strict=True)
     return StrongView(Photometry(parameters), torch.tensor(boxes, dtype=torch.int64))
+
+
+def _disk_faults() -> int:
+    """Return how often this thread waited for a page of a mapped file; 0 where the system does not say."""
+    try:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+    except (AttributeError, ImportError):
+        return 0
 
 
 def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +45,7 @@ class TargetSpec:
     decoder: DeviceDecoder
 
 
-@dataclass(frozen=True)
-class TargetRequest:
+class TargetRequest(NamedTuple):
     """The targets of one crop: a row of the store, an orientation and a box in its frame; or one of its fixed views."""
 
     row: int
@@ -89,6 +88,14 @@ class TargetMode(ABC):
 
         ``empty`` makes the arrays that are returned. Nothing for a mode, or of no requests, that has nothing to read.
         """
+
+    def will_read(self, requests: Sequence[TargetRequest]) -> None:
+        """Hear that ``requests`` are read soon. A mode that reads from a disk lets the system fetch them meanwhile."""
+        return
+
+    def left_memory(self) -> None:
+        """Hear that what was read before had to be read from the disk again: more is stored than memory holds."""
+        return
 
 
 def match_keys(patterns: Sequence[str], known: Sequence[str]) -> list[str]:

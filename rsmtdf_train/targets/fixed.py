@@ -130,6 +130,14 @@ class FixedViewTargets(StoredTargets):
                 self.store.read_codes(array, rows, None, found[key], indices)
         return found
 
+    def _ask(self, requests: Sequence[TargetRequest]) -> int:
+        return sum(
+            self.store.will_read(specs[request.view].key, (row,))
+            for row, request in zip(self.source_rows(requests), requests, strict=True)
+            if request.view is not None and 0 <= request.view < len(self.geometry.views)
+            for specs in self._by_key.values()
+        )
+
 
 def _place(key: str, specs: Sequence[FeatureSpec], crop_px: int) -> tuple[float, float]:
     """Return stride and offset of the tokens in pixels of a crop of ``crop_px``, the same in all views."""

@@ -108,6 +108,12 @@ class MixedTargets(TargetMode):
         """Return the stored targets: for steps that are not online."""
         return self.cached.read(requests, empty)
 
+    def will_read(self, requests: Sequence[TargetRequest]) -> None:
+        self.cached.will_read(requests)
+
+    def left_memory(self) -> None:
+        self.cached.left_memory()
+
 
 def open_online(
     source: TileSource, recipe: Recipe, device: torch.device, cached: CachedTargets | None = None,

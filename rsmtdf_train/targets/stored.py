@@ -26,6 +26,7 @@ from rsmtdf_train.targets.base import TargetMode, TargetRequest, TargetSpec, mat
 from rsmtdf_train.targets.rebuild import rebuild_command
 
 if TYPE_CHECKING:
+    from rsmtdf_cache.read_plan import Lattice, ReadPlan
     from rsmtdf_cache.store import FeatureStore
 
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
     "store_geometry",
     "target_specs",
 ]
+
+_CALM = 50  # batches without a new row after which a store is taken to lie in memory
 
 
 def target_specs(store: FeatureStore) -> Mapping[str, Mapping[int, FeatureSpec]]:
@@ -131,6 +134,7 @@ class StoredTargets(TargetMode):
         self.components: dict[str, int] = {}
         self.specs: dict[str, TargetSpec] = {}
         self.instead: dict[int, int] | None = None
+        self._calm = 0  # batches in which nothing was new to the store
         if shuffled is not None:
             pairs = [(a, b) for a, b in shuffled.items() if a in store.tiles and b in store.tiles]
             self.instead = {self.row_of(a): self.row_of(b) for a, b in pairs}
@@ -191,6 +195,19 @@ class StoredTargets(TargetMode):
     def arrays_of(self, key: str) -> list[FeatureSpec]:
         """Return the arrays of one target."""
 
+    def will_read(self, requests: Sequence[TargetRequest]) -> None:
+        # Once all seems to lie in memory nobody is asked any more; the rows of a batch still are when it is read.
+        if self._calm < _CALM:
+            self._calm = 0 if self._ask(requests) else self._calm + 1
+
+    @abstractmethod
+    def _ask(self, requests: Sequence[TargetRequest]) -> int:
+        """Let the store fetch what ``requests`` read, and return how much of it was new."""
+
+    def left_memory(self) -> None:
+        self._calm = 0
+        self.store.left_memory()
+
     def source_rows(self, requests: Iterable[TargetRequest]) -> list[int]:
         """Return the rows whose features the requests are given."""
         return [request.row if self.instead is None else self.instead[request.row] for request in requests]
@@ -238,7 +255,9 @@ class CachedTargets(StoredTargets):
         self.geometry = geometry
         stored = target_specs(store)
         self._by_key = {key: stored[key] for key in match_keys(patterns, list(stored))}
-        self._keys = {key: {o: spec.key for o, spec in by.items()} for key, by in self._by_key.items()}
+        self._arrays = {
+            key: {o: (spec.key, store.lattice(spec.key)) for o, spec in by.items()} for key, by in self._by_key.items()
+        }
         self.approximated = {}
         for key, by_orientation in self._by_key.items():
             missing = sorted(set(geometry.orientations) - set(by_orientation))
@@ -274,27 +293,55 @@ class CachedTargets(StoredTargets):
         Raises ``UsageError`` for a box off the lattice or an orientation that is neither stored nor approximated.
         """
         found: dict[str, Codes] = {}
-        by_orientation: dict[int, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            by_orientation[request.orientation].append(index)
-        source = self.source_rows(requests)
-        for key, specs in self._keys.items():
-            for orientation, indices in by_orientation.items():
-                rows, boxes = [source[i] for i in indices], [requests[i].box for i in indices]
+        by_orientation: dict[int, _Crops] = defaultdict(_Crops)
+        for place, (row, request) in enumerate(zip(self.source_rows(requests), requests, strict=True)):
+            crops = by_orientation[request.orientation]
+            crops.places.append(place)
+            crops.rows.append(row)
+            crops.boxes.append(request.box)
+        plans: dict[tuple[Lattice, int], ReadPlan] = {}  # one does for all layers of a teacher
+        for key, arrays in self._arrays.items():
+            for orientation, crops in by_orientation.items():
                 if key in self.approximated:
-                    crops = read_crops(self.store, key, rows, boxes, orientation=orientation, approximate=True)
+                    turned = read_crops(
+                        self.store, key, crops.rows, crops.boxes, orientation=orientation, approximate=True
+                    ).values
                     if key not in found:
-                        found[key] = Codes(empty((len(requests), *crops.values.shape[1:]), crops.values.dtype))
-                    found[key].values[indices] = crops.values
+                        found[key] = Codes(empty((len(requests), *turned.shape[1:]), turned.dtype))
+                    found[key].values[crops.places] = turned
                     continue
-                if orientation not in specs:
-                    raise UsageError(f"{key}: orientation {orientation} is not stored; have {sorted(specs)}")
-                array = specs[orientation]
+                if orientation not in arrays:
+                    raise UsageError(f"{key}: orientation {orientation} is not stored; have {sorted(arrays)}")
+                array, lattice = arrays[orientation]
+                plan = plans.get((lattice, orientation))
+                if plan is None:
+                    plan = self.store.plan(array, crops.rows, crops.boxes, crops.places)
+                    plans[lattice, orientation] = plan
                 if key not in found:
-                    tokens = token_box(self._by_key[key][orientation], boxes[0])
-                    found[key] = self.store.empty_codes(array, len(requests), (tokens.height, tokens.width), empty)
-                self.store.read_codes(array, rows, boxes, found[key], indices)
+                    found[key] = self.store.empty_codes(array, len(requests), plan.size, empty)
+                self.store.read_planned(array, plan, found[key])
         return found
+
+    def _ask(self, requests: Sequence[TargetRequest]) -> int:
+        by_orientation: dict[int, list[int]] = defaultdict(list)
+        for row, request in zip(self.source_rows(requests), requests, strict=True):
+            by_orientation[request.orientation].append(row)
+        return sum(
+            self.store.will_read(arrays[orientation][0], by_orientation[orientation])
+            for arrays in self._arrays.values()
+            for orientation in by_orientation.keys() & arrays.keys()
+        )
+
+
+class _Crops:
+    """The crops of a batch in one orientation: their places in it, rows of the store, boxes."""
+
+    __slots__ = ("boxes", "places", "rows")
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+        self.rows: list[int] = []
+        self.boxes: list[Box] = []
 
 
 def _few(names: Sequence[str], most: int = 3) -> str:
