@@ -59,6 +59,15 @@ def train(
     pin: Annotated[
         bool, typer.Option("--pin", help="Keep what this run reads from being removed by `cache gc`.")
     ] = False,
+    pixels: Annotated[
+        str, typer.Option(help="Train tiles from the store, from the source's images, or auto: what the store has.")
+    ] = "auto",
+    residency: Annotated[
+        str,
+        typer.Option(
+            help="Read the store as mapped files (stream), or first copy what is read to ram, or to the device."
+        ),
+    ] = "stream",
     no_distill: Annotated[
         bool, typer.Option("--no-distill", help="The paired baseline: the same recipe without teachers.")
     ] = False,
@@ -96,8 +105,20 @@ def train(
         if use_cache == AUTO:  # by the recipe with its teachers: both arms find one store
             store = _found(asked, folder, sink, quiet or not speaks)
         from rsmtdf_train.loop import train as run_training
+        from rsmtdf_train.pixel_source import pixel_source
+        from rsmtdf_train.residency import residency_of
 
-        result = run_training(chosen, folder, store, pin=pin, device=device, on_event=sink, tensorboard=tensorboard)
+        result = run_training(
+            chosen,
+            folder,
+            store,
+            pin=pin,
+            device=device,
+            on_event=sink,
+            tensorboard=tensorboard,
+            pixels=pixel_source(pixels),
+            residency=residency_of(residency),
+        )
     if not speaks:
         return
     if not quiet and result.resumed_at == result.steps:

@@ -53,16 +53,19 @@ class ArrayWriter:
         return self._add(row, tile_id, 0, None, codes)
 
     def _add(self, row: int, tile_id: str, y: int, features: NDArray[np.float32] | None, codes: Codes) -> int:
-        decoded = self.codec.decode(codes)
-        self._refuse_non_finite(tile_id, features, decoded)
+        decoded = None
+        if self.codec.counted:
+            decoded = self.codec.decode(codes)
+            self._refuse_non_finite(tile_id, features, decoded)
         if y == 0 and self._waiting:
             raise ValueError(f"{self.spec.key}: the map of row {self._next[0]} was not finished")
         if y != (self._next[1] if y else 0) or (y and row != self._next[0]):
             raise ValueError(f"{self.spec.key}: rows {y} on of row {row} came, {self._next} was expected")
-        self.stats.add(decoded)
-        self._next = (row, y + len(decoded))
+        if decoded is not None:
+            self.stats.add(decoded)
+        self._next = (row, y + len(codes.values))
         self._waiting.append(codes)
-        self._flush(row, last=y + len(decoded) == self.spec.grid[0])
+        self._flush(row, last=y + len(codes.values) == self.spec.grid[0])
         return codes.nbytes
 
     def _flush(self, row: int, last: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from rsmtdf_cache.index import Quarantined, index_tiles, new_records
 from rsmtdf_cache.layout import ArraySet, StorePaths
 from rsmtdf_cache.ledger import TAIL_MAX, Ledger
 from rsmtdf_cache.manifest import Manifest, create_manifest, load_manifest, refuse_foreign_content
+from rsmtdf_cache.pixel_units import store_unit
+from rsmtdf_cache.pixels import PIXEL_PROFILE, PIXELS, pixel_specs
 from rsmtdf_cache.plan import (
     TeacherJob,
     TeacherLoader,
@@ -28,6 +31,7 @@ from rsmtdf_cache.plan import (
     check_space,
     decide_group_rows,
     decide_profile,
+    pending_nbytes,
     plan_teacher,
     refuse_other_content,
     revive,
@@ -37,12 +41,15 @@ from rsmtdf_cache.plan import (
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.share.catalogue import register_store
 from rsmtdf_cache.sources import TileSource, open_source
+from rsmtdf_cache.specs import FeatureSpec
 from rsmtdf_cache.steady import steady_profile
 from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cache.teachers.base import Teacher
 from rsmtdf_cache.tiles import TileRecord
 from rsmtdf_cache.upkeep.canary import check_canary, will_grow
 from rsmtdf_cache.writer import clear_drafts
+
+_EncodeUnit = Callable[[ArraySet, int, list[int]], Iterator[int]]
 
 __all__ = ["BuildReport", "build_store", "calibrator_of", "judge_tiles", "refuse_store_among_tiles"]
 
@@ -96,7 +103,8 @@ def build_store(
     judge_tiles(records, quarantined, request, on_event)
     paths = StorePaths(request.out)
     jobs = [plan_teacher(asked, request, source.tile_px, load_teacher) for asked in request.teachers]
-    specs = [s for job in jobs for s in job.specs]
+    pixels = pixel_specs(source) if request.pixels else []
+    specs = pixels + [s for job in jobs for s in job.specs]
     measured = measured or find_measured(request, specs)
     report = BuildReport(request.out, len(records), quarantined, [])
     known = load_whole(paths) if paths.manifest.is_file() else None
@@ -111,7 +119,7 @@ def build_store(
             clear_drafts(paths)
             manifest = create_manifest(paths, _manifest(source, decide_group_rows(request, paths, specs)))
             try:
-                _run(request, source, records, jobs, paths, manifest, report, on_event, measured)
+                _run(request, source, records, jobs, pixels, paths, manifest, report, on_event, measured)
             except KeyboardInterrupt:
                 raise Interrupted(
                     f"stopped; {report.units_before + report.units} shard groups of {request.out} are safe, "
@@ -123,18 +131,20 @@ def build_store(
     store = FeatureStore.open(request.out, verify_reads="never")
     report.snapshot = store.snapshot
     register_store(request.out, request.data, manifest.dataset, on_event)
-    asked = {str(s.key) for s in specs}
-    report.arrays = [a for a in store.describe()["arrays"] if a["key"] in asked]
+    asked, described = {str(s.key) for s in specs}, store.describe()
+    report.arrays = [a for a in described["arrays"] + described["pixels"] if a["key"] in asked]
     return report
 
 
 def _run(
-    request: BuildRequest, source: TileSource, records: list[TileRecord], jobs: list[TeacherJob], paths: StorePaths,
-    manifest: Manifest, report: BuildReport, on_event: EventSink, measured: Measured | None,
+    request: BuildRequest, source: TileSource, records: list[TileRecord], jobs: list[TeacherJob],
+    pixels: list[FeatureSpec], paths: StorePaths, manifest: Manifest, report: BuildReport, on_event: EventSink,
+    measured: Measured | None,
 ) -> None:  # fmt: skip
     ledger = load_whole(paths)
     # Again, under the lock: another builder may have been here since.
-    refuse_other_content(manifest, ledger, [s for job in jobs for s in job.specs], source, request)
+    specs = pixels + [s for job in jobs for s in job.specs]
+    refuse_other_content(manifest, ledger, specs, source, request)
     fresh = new_records(ledger.table, records, request.out)
     for job in jobs:  # before anything is written: a teacher that changed without a name adds nothing
         if will_grow(ledger, job.specs, [r.id for r in records], manifest.group_rows):
@@ -147,10 +157,13 @@ def _run(
         replace_json(paths.quarantine, {"tiles": {q.id: q.reason for q in report.quarantined}})
     groups = sorted({ledger.table.row_of(r.id) // manifest.group_rows for r in records})
     reader = TileReader(source, ledger.table)
-    revive(ledger, [s for job in jobs for s in job.specs])
+    revive(ledger, specs)
+    pixel_sets = array_sets(pixels, ledger)
     planned = [(job.teacher, array_sets(job.specs, ledger)) for job in jobs]
     calibrator = calibrator_of(request, records, jobs, ledger, reader, on_event)
     sampled = tiles_sampled(calibrator, [a for _, sets in planned for a in sets if a.id not in ledger.sets])
+    for arrays in pixel_sets:
+        ledger.add_set(arrays, PIXEL_PROFILE)
     for teacher, sets in planned:
         for arrays in sets:
             if arrays.id not in ledger.sets:
@@ -160,11 +173,15 @@ def _run(
                 digests = {layer: ledger.add_calibration(c) for layer, c in sorted(known.calibrations.items())}
                 ledger.add_set(arrays, profile, digests, known.quality)
     write_head(paths, manifest, ledger, final=False)
-    check_space(request.out, ledger, [a for _, sets in planned for a in sets], groups, manifest.group_rows)
+    everything = pixel_sets + [a for _, sets in planned for a in sets]
+    check_space(request.out, ledger, everything, groups, manifest.group_rows)
     work = [w for t, sets in planned for w in teacher_work(t.spec, sets, groups, ledger, manifest.group_rows, sampled)]
-    ahead = forecast(work, measured) if measured else None
-    report.planned_nbytes, report.planned_seconds = sum(w.nbytes for w in work), ahead.seconds if ahead else None
+    pixel_nbytes = pending_nbytes(ledger, pixel_sets, groups, manifest.group_rows)
+    ahead = forecast(work, measured, pixel_nbytes) if measured else None
+    report.planned_nbytes = sum(w.nbytes for w in work) + pixel_nbytes
+    report.planned_seconds = ahead.seconds if ahead else None
     try:
+        _run_pixels(request, pixel_sets, groups, ledger, manifest, reader, report, on_event)
         for teacher, sets in planned:
             _run_teacher(request, teacher, sets, groups, ledger, manifest, reader, report, on_event)
     except BaseException:
@@ -175,34 +192,57 @@ def _run(
     write_head(paths, manifest, ledger)
 
 
+def _run_pixels(
+    request: BuildRequest, sets: list[ArraySet], groups: list[int], ledger: Ledger, manifest: Manifest,
+    reader: TileReader, report: BuildReport, on_event: EventSink,
+) -> None:  # fmt: skip
+    """Store what is pending of the tiles' pixels: before teachers, which take longer."""
+    if not sets:
+        return
+    encode: _EncodeUnit = lambda arrays, group, rows: store_unit(  # noqa: E731
+        arrays, group, rows, ledger, manifest.group_rows, reader, request.workers
+    )
+    _run_units(PIXELS, encode, sets, groups, ledger, manifest, report, on_event)
+
+
 def _run_teacher(
     request: BuildRequest, teacher: Teacher, sets: list[ArraySet], groups: list[int], ledger: Ledger,
     manifest: Manifest, reader: TileReader, report: BuildReport, on_event: EventSink,
 ) -> None:  # fmt: skip
-    name = teacher.spec.name
+    def encode(arrays: ArraySet, group: int, rows: list[int]) -> Iterator[int]:
+        profile = settle_profile(request, teacher, ledger.sets[arrays.id].profile)
+        torch.set_num_threads(profile.threads)
+        return encode_unit(
+            teacher, arrays, group, rows, profile, ledger, manifest.group_rows, reader, request.workers
+        )  # fmt: skip
+
+    threads = torch.get_num_threads()
+    try:
+        _run_units(teacher.spec.name, encode, sets, groups, ledger, manifest, report, on_event)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_units(
+    name: str, encode: _EncodeUnit, sets: list[ArraySet], groups: list[int], ledger: Ledger, manifest: Manifest,
+    report: BuildReport, on_event: EventSink,
+) -> None:  # fmt: skip
+    """Commit what is pending of ``sets`` in ``groups``, a unit at a time."""
     sizes = {g: len(rows_of_group(ledger.table, g, manifest.group_rows)) for g in groups}
     pending = [(g, a) for g in groups for a in sets if g not in ledger.commits[a.id]]
     total = sum(sizes.values()) * len(sets)
     left = sum(sizes[g] for g, _ in pending)
     report.units_before += len(groups) * len(sets) - len(pending)
     on_event(ProgressStart(name, name, total, total - left))
-    started, threads = time.perf_counter(), torch.get_num_threads()
-    try:
-        for group, arrays in pending:
-            profile = settle_profile(request, teacher, ledger.sets[arrays.id].profile)
-            torch.set_num_threads(profile.threads)
-            rows = rows_of_group(ledger.table, group, manifest.group_rows)
-            for nbytes in encode_unit(
-                teacher, arrays, group, rows, profile, ledger, manifest.group_rows, reader, request.workers
-            ):
-                on_event(Progress(name, 1, nbytes))
-                report.nbytes_written += nbytes
-            report.units += 1
-            report.nbytes_shards += sum(s.nbytes for s in ledger.commits[arrays.id][group].shards)
-            if report.units % TAIL_MAX == 0:
-                ledger.compact()
-    finally:
-        torch.set_num_threads(threads)
+    started = time.perf_counter()
+    for group, arrays in pending:
+        for nbytes in encode(arrays, group, rows_of_group(ledger.table, group, manifest.group_rows)):
+            on_event(Progress(name, 1, nbytes))
+            report.nbytes_written += nbytes
+        report.units += 1
+        report.nbytes_shards += sum(s.nbytes for s in ledger.commits[arrays.id][group].shards)
+        if report.units % TAIL_MAX == 0:
+            ledger.compact()
     on_event(ProgressEnd(name))
     if left:
         report.rates[name] = left / (time.perf_counter() - started)

@@ -36,12 +36,16 @@ class TileReader:
     def __init__(self, source: TileSource, table: TileTable, budget_nbytes: int = 2**30) -> None:
         self._source, self._table = source, table
         self._tiles = {t.id: t for t in source.tiles()}
-        self._kept: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
-        self._room = max(1, budget_nbytes // (source.tile_px * source.tile_px * 3))
+        self._kept: OrderedDict[int, tuple[NDArray[np.uint8], NDArray[np.bool_] | None]] = OrderedDict()
+        self._room = max(1, budget_nbytes // (source.tile_px * source.tile_px * (4 if source.may_lack_data else 3)))
         self._lock = threading.Lock()
 
     def read(self, row: int) -> NDArray[np.uint8]:
         """Return ``[tile_px, tile_px, 3]`` uint8. Raises ``DataError`` when it is not the indexed tile any more."""
+        return self.read_valid(row)[0]
+
+    def read_valid(self, row: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+        """Return the tile and where it holds data, as ``TileSource.read_valid`` does. Raises as ``read`` does."""
         with self._lock:
             if row in self._kept:
                 self._kept.move_to_end(row)
@@ -53,16 +57,16 @@ class TileReader:
                 f"the store has a tile {record.id!r} that {self._source.root} lacks; give the dataset it was built from"
             )
         try:
-            image = self._source.read_image(tile)
+            found = self._source.read_valid(tile)
         except TileError as error:
             raise DataError(f"{error}; it was readable when this build began") from None
-        if pixel_digest(image) != record.digest:
+        if pixel_digest(found[0]) != record.digest:
             raise DataError(f"tile {record.id!r} changed while it was being built; run the same command again")
         with self._lock:
-            self._kept[row] = image
+            self._kept[row] = found
             while len(self._kept) > self._room:
                 self._kept.popitem(last=False)
-        return image
+        return found
 
 
 def encode_batch(

@@ -42,11 +42,13 @@ from rsmtdf_cache.index import Quarantined, index_tiles, new_records
 from rsmtdf_cache.layout import ArraySet, StorePaths, unit_nbytes
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest, refuse_foreign_content
+from rsmtdf_cache.pixels import pixel_specs
 from rsmtdf_cache.plan import (
     TeacherLoader,
     array_sets,
     decide_group_rows,
     decide_profile,
+    pending_nbytes,
     plan_teacher,
     planned_array,
     refuse_other_content,
@@ -148,7 +150,8 @@ def plan_build(
     begun = time.perf_counter()
     jobs = [plan_teacher(asked, request, source.tile_px, load_teacher) for asked in request.teachers]
     load_seconds = time.perf_counter() - begun
-    specs = [s for job in jobs for s in job.specs]
+    pixels = pixel_specs(source) if request.pixels else []
+    specs = pixels + [s for job in jobs for s in job.specs]
     paths = StorePaths(request.out)
     group_rows = decide_group_rows(request, paths, specs)
     ledger = load_whole(paths) if paths.manifest.is_file() else Ledger(paths)
@@ -158,6 +161,7 @@ def plan_build(
     _add_tiles(ledger, looked, request.out, group_rows)
     ledger.dropped -= set(revivable(ledger, specs))
     groups = sorted({ledger.table.row_of(r.id) // group_rows for r in records})
+    pixel_nbytes = pending_nbytes(ledger, array_sets(pixels, ledger), groups, group_rows)
     calibrator = calibrator_of(request, records, jobs, ledger, TileReader(source, ledger.table), on_event)
     work: list[TeacherWork] = []
     pending: list[tuple[Teacher, ArraySet]] = []
@@ -209,7 +213,7 @@ def plan_build(
     measured = Measured(
         tuple(rates), disk.write_nbytes_per_s, disk.read_nbytes_per_s, looked.seconds_ahead, load_seconds
     )
-    plan = replace(plan, disk=disk, measured=measured, forecast=forecast(work, measured))
+    plan = replace(plan, disk=disk, measured=measured, forecast=forecast(work, measured, pixel_nbytes))
     keep_measured(request, specs, plan.to_json())
     return plan
 

@@ -168,8 +168,10 @@ def break_even_epochs(build: float, online: float, read: float) -> float | None:
     return build / (online - read) if online > read else None
 
 
-def forecast(work: Sequence[TeacherWork], measured: Measured) -> Forecast | None:
+def forecast(work: Sequence[TeacherWork], measured: Measured, pixel_nbytes: int = 0) -> Forecast | None:
     """Return the seconds of ``work``, or None when a teacher in it was not measured.
+
+    ``pixel_nbytes``: what is written of pixels besides.
 
     An epoch online is one pass of every teacher over every tile at each of its scales, in one orientation; reading is
     the same maps from the disk. So targets are equal, and what the store already has counts on neither side.
@@ -183,7 +185,7 @@ def forecast(work: Sequence[TeacherWork], measured: Measured) -> Forecast | None
         teachers[item.teacher] = teachers.get(item.teacher, 0.0) + (item.batches + item.extra_batches) * seconds
         online += item.tiles * seconds / item.batch_tiles
         read += item.nbytes / max(item.views, 1) / measured.read_nbytes_per_s
-    disk = sum(item.nbytes for item in work) / measured.write_nbytes_per_s
+    disk = (sum(item.nbytes for item in work) + pixel_nbytes) / measured.write_nbytes_per_s
     return Forecast(measured.look_seconds, measured.load_seconds, teachers, disk, online, read)
 
 

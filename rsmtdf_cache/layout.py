@@ -164,7 +164,9 @@ def shard_layout(spec: FeatureSpec, group_rows: int, part: Part = "features") ->
     if part == "scale":
         return ShardLayout(group_rows, height, width, 1, np.dtype("<f2"), float("nan"))
     channels = codec.stored_channels(encoding, spec.layer.channels)
-    return ShardLayout(group_rows, height, width, channels, codec.dtype, codec.fill, encoding.compressor)
+    return ShardLayout(
+        group_rows, height, width, channels, codec.dtype, codec.fill, encoding.compressor, codec.chunk_side
+    )
 
 
 def unit_nbytes(spec: FeatureSpec, group_rows: int, rows: int) -> int:

@@ -90,6 +90,20 @@ class OpenShards:
                 _compare(shard, record)
             return shard
 
+    def hold(self, key: FeatureKey, group: int, part: Part) -> int:
+        """Read a committed shard from memory from now on, and return its bytes. Raises as ``get`` does.
+
+        The copy is compared with the recorded sha256 whatever was compared before: it will not be looked at again.
+        """
+        shards = self.of(key, part)
+        shard, record = shards.get(group), shards.records[group]
+        assert shard is not None
+        copy = shard.copied()
+        _compare(copy, record)
+        with self.lock:
+            shards.opened[group] = copy
+        return record.nbytes
+
     def _open_shard(self, key: FeatureKey, group: int, part: Part, record: ShardRecord) -> ShardReader:
         place = self._paths.shard(key, group, part)
         if record.path != self._paths.relative(place):
@@ -123,7 +137,7 @@ class OpenShards:
                 ) from None
         # What was evicted stays on the disk as long as it is mapped here, beyond the bound of the cache.
         for shards in self._parts.values():
-            for group in [group for group, shard in shards.opened.items() if not shard.path.exists()]:
+            for group in [g for g, shard in shards.opened.items() if not shard.in_memory and not shard.path.exists()]:
                 del shards.opened[group]
         for _ in range(10):  # another process may evict the shard before it is mapped
             self._mirror.ensure(record, place)

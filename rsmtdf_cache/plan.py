@@ -31,6 +31,7 @@ __all__ = [
     "check_space",
     "decide_group_rows",
     "decide_profile",
+    "pending_nbytes",
     "plan_teacher",
     "planned_array",
     "refuse_other_content",
@@ -216,13 +217,19 @@ def planned_array(
 
 def check_space(out: Path, ledger: Ledger, sets: list[ArraySet], groups: list[int], group_rows: int) -> None:
     """Raise ``ResourceError`` when the disk has less room than the pending units need."""
-    need = 0
+    need = pending_nbytes(ledger, sets, groups, group_rows)
+    require_space(out, need, "build", "free some space, or ask for fewer layers, scales or orientations")
+
+
+def pending_nbytes(ledger: Ledger, sets: list[ArraySet], groups: list[int], group_rows: int) -> int:
+    """Return the bytes of the units of ``sets`` in ``groups`` that are not committed; compressed ones count in full."""
+    nbytes = 0
     for arrays in sets:
         for group in groups:
-            if group not in ledger.commits[arrays.id]:
+            if group not in ledger.commits.get(arrays.id, ()):
                 rows = len(rows_of_group(ledger.table, group, group_rows))
-                need += sum(unit_nbytes(s, group_rows, rows) for s in arrays.specs)
-    require_space(out, need, "build", "free some space, or ask for fewer layers, scales or orientations")
+                nbytes += sum(unit_nbytes(s, group_rows, rows) for s in arrays.specs)
+    return nbytes
 
 
 def rows_of_group(table: TileTable, group: int, group_rows: int) -> list[int]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rsmtdf_cache.codecs import codec_class, parse_codec
 from rsmtdf_cache.codecs.compressors import canonical
 from rsmtdf_cache.errors import UsageError, did_you_mean
+from rsmtdf_cache.pixels import PIXELS
 from rsmtdf_cache.specs import EncodingSpec
 
 __all__ = ["BuildRequest", "TeacherAsked", "parse_teacher"]
@@ -47,7 +48,8 @@ class BuildRequest(_Asked):
 
     data: Path
     out: Path
-    teachers: tuple[TeacherAsked, ...] = Field(min_length=1)
+    teachers: tuple[TeacherAsked, ...] = ()
+    pixels: bool = Field(default=False, description="store the tiles' decoded pixels too; then no teacher is needed")
     splits: tuple[str, ...] = Field(default=("train",), min_length=1)
     scales: tuple[float, ...] = Field(default=(1.0, 0.5), min_length=1)
     orientations: int = 1
@@ -77,6 +79,10 @@ class BuildRequest(_Asked):
     @model_validator(mode="after")
     def _teachers_once(self) -> Self:
         names = [t.name for t in self.teachers]
+        if not names and not self.pixels:
+            raise ValueError("teachers: name one at least, or ask for pixels")
+        if PIXELS in names:
+            raise ValueError(f"{PIXELS!r} is no teacher; --pixels (in a file: pixels: true) stores pixels")
         if len(set(names)) != len(names):
             raise ValueError(f"a teacher stands twice in {', '.join(names)}")
         return self

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import math
 import mmap
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +31,7 @@ __all__ = ["RowRead", "ShardLayout", "ShardReader", "ShardWriter"]
 RowRead = tuple[int, int, int, int]
 
 _ABSENT = np.uint64(2**64 - 1)
+_COPIED_AT_ONCE = 2**24
 
 #: Advice to read ahead is cut short by the system at what a device reads at once, which is seldom less than this.
 _ADVICE = 128 * 1024
@@ -40,7 +40,7 @@ _WILLNEED: int | None = getattr(mmap, "MADV_WILLNEED", None)  # None: no such sy
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Shape of one shard: ``rows`` tiles of ``[height, width, channels]``, cut into chunks of at most 32 x 32 tokens.
+    """Shape of one shard: ``rows`` tiles of ``[height, width, channels]``, cut into chunks of at most ``side`` tokens.
 
     Chunks of one map are of equal size (37 tokens = 19 + 19, not 32 + 32), so that little is padded.
     """
@@ -52,11 +52,12 @@ class ShardLayout:
     dtype: np.dtype[Any]
     fill: float
     compressor: str = "none"
+    side: int = 32
 
     @property
     def chunk(self) -> tuple[int, int, int, int]:
         """Inner chunk shape (tile, y, x, channel)."""
-        return (1, _balanced(self.height), _balanced(self.width), self.channels)
+        return (1, _balanced(self.height, self.side), _balanced(self.width, self.side), self.channels)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -86,8 +87,8 @@ class ShardLayout:
         return rows * self.row_nbytes + self.index_nbytes
 
 
-def _balanced(tokens: int) -> int:
-    return math.ceil(tokens / math.ceil(tokens / 32))
+def _balanced(tokens: int, most: int) -> int:
+    return math.ceil(tokens / math.ceil(tokens / most))
 
 
 class ShardWriter:
@@ -163,13 +164,16 @@ def _order_of_tokens(height: int, width: int, ch: int, cw: int) -> NDArray[np.in
 class ShardReader:
     """A shard file mapped into memory. Every index entry is checked against the file before it is used."""
 
-    def __init__(self, path: Path, layout: ShardLayout) -> None:
+    def __init__(self, path: Path, layout: ShardLayout, held: mmap.mmap | None = None) -> None:
+        """``held``: all of the file's bytes in memory, which are then read instead of it (``copied``)."""
         self.path, self.layout = path, layout
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < layout.index_nbytes:
-                raise FindingsError(f"{path}: {size} bytes are too few for its index; run `rsmtdf cache verify --deep`")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.in_memory = held is not None
+        if held is None:
+            with path.open("rb") as file:
+                held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._map, size = held, len(held)
+        if size < layout.index_nbytes:
+            raise FindingsError(f"{path}: {size} bytes are too few for its index; run `rsmtdf cache verify --deep`")
         index = self._map[size - layout.index_nbytes :]
         if google_crc32c.value(index[:-4]) != int.from_bytes(index[-4:], "little"):
             raise FindingsError(f"{path}: the shard index is damaged; run `rsmtdf cache verify --deep`")
@@ -188,10 +192,12 @@ class ShardReader:
         # What every read needs, looked up once.
         self._here: list[bool] = self.present.tolist()
         self._single = layout.grid == (1, 1)
-        self._maps, self._places = self._in_order(end)
-        self._tokens = _order_of_tokens(layout.height, layout.width, *layout.chunk[1:3])
+        # Tokens of many small chunks are gathered; of few large ones (pixels), parts of chunks are copied.
+        gathered = not self._single and layout.side <= 32
+        self._tokens = _order_of_tokens(layout.height, layout.width, *layout.chunk[1:3]) if gathered else None
+        self._maps, self._places = self._in_order(end) if self._single or gathered else (None, [])
         # Which rows the system was told of. Smaller ones come with their neighbours, without being asked for.
-        self._advises = _WILLNEED is not None and layout.row_nbytes >= _ADVICE // 2
+        self._advises = not self.in_memory and _WILLNEED is not None and layout.row_nbytes >= _ADVICE // 2
         self.left_memory()
 
     def _in_order(self, end: int) -> tuple[NDArray[Any] | None, list[int]]:
@@ -271,6 +277,7 @@ class ShardReader:
                 out[place] = maps[places[row], y : y + height, x : x + width]
         else:
             tokens = self._tokens
+            assert tokens is not None
             for place, row, y, x in reads:
                 # mode: with "raise" numpy fills a copy of out first.
                 maps[places[row]].take(tokens[y : y + height, x : x + width], 0, out[place], "clip")
@@ -285,6 +292,23 @@ class ShardReader:
                 y0, y1 = max(y, i * ch), min(y + height, (i + 1) * ch)
                 x0, x1 = max(x, j * cw), min(x + width, (j + 1) * cw)
                 out[y0 - y : y1 - y, x0 - x : x1 - x] = chunk[y0 - i * ch : y1 - i * ch, x0 - j * cw : x1 - j * cw]
+
+    def view(self, row: int) -> NDArray[Any] | None:
+        """Return the map of ``row`` as it lies in the file, read-only; None if it is not here, or not in one piece."""
+        if not self._here[row] or self._maps is None or not self._single:
+            return None
+        found: NDArray[Any] = self._maps[self._places[row]]
+        found.flags.writeable = False
+        return found
+
+    def copied(self) -> ShardReader:
+        """Return a reader of the same bytes in memory of this process, that nothing evicts; forks share them."""
+        held = mmap.mmap(-1, len(self._map), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError, AttributeError):  # fewer, larger pages where the system has them
+            held.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, len(held), _COPIED_AT_ONCE):
+            held[start : start + _COPIED_AT_ONCE] = self._map[start : start + _COPIED_AT_ONCE]
+        return ShardReader(self.path, self.layout, held)
 
     def _chunk(self, row: int, i: int, j: int) -> NDArray[Any]:
         layout = self.layout

@@ -20,6 +20,7 @@ from rsmtdf_cache.layout import StorePaths, contradiction, parts_of, shard_layou
 from rsmtdf_cache.ledger import Commit, Ledger
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.open_shards import OpenShards, VerifyReads
+from rsmtdf_cache.pixels import is_pixels
 from rsmtdf_cache.read_plan import Lattice, ReadPlan
 from rsmtdf_cache.specs import FeatureKey, FeatureSpec
 from rsmtdf_cache.tiles import TileTable
@@ -133,6 +134,11 @@ class FeatureStore:
         return str(self.path) if self._mirror is None else self._mirror.address.shown
 
     @property
+    def shards(self) -> OpenShards:
+        """Its mapped shards, for readers that need no copy (``StoredPixels``) or another place (``residency``)."""
+        return self._shards
+
+    @property
     def tile_px(self) -> int:
         """Side of every tile in pixels."""
         return self.manifest.tile_px
@@ -156,8 +162,12 @@ class FeatureStore:
         return self.ledger.snapshot()
 
     def keys(self) -> list[FeatureKey]:
-        """Return the arrays there are, sorted by name."""
-        return sorted(self._specs, key=str)
+        """Return the arrays of features there are, sorted by name; those of pixels: ``pixel_keys``."""
+        return sorted((key for key in self._specs if not is_pixels(key)), key=str)
+
+    def pixel_keys(self) -> list[FeatureKey]:
+        """Return the arrays of pixels there are, sorted by name; ``StoredPixels`` reads them."""
+        return sorted((key for key in self._specs if is_pixels(key)), key=str)
 
     def spec(self, key: FeatureKey) -> FeatureSpec:
         """Return what the array holds. Raises ``UsageError`` for a key that is not in the store."""
@@ -352,8 +362,22 @@ class FeatureStore:
 
     def describe(self) -> dict[str, Any]:
         """Return what ``cache info`` shows, as JSON data."""
+        arrays, pixels = self._described(self.keys()), self._described(self.pixel_keys())
+        teachers = {key.teacher: self._specs[key].teacher for key in self.keys()}
+        return {
+            "path": self.shown, "format_version": self.manifest.version, "dataset": self.manifest.dataset,
+            "attribution": self.manifest.attribution, "tile_px": self.tile_px, "group_rows": self.manifest.group_rows,
+            "tiles": sum(self.tiles.splits.values()), "quarantined": self.quarantined, "splits": self.tiles.splits,
+            "snapshot": recorded_snapshot(self.paths, self.ledger),
+            "nbytes": sum(a["nbytes"] for a in arrays + pixels),
+            "teachers": [t.to_json() for _, t in sorted(teachers.items())],
+            "profiles": [dict(p) for p in sorted({tuple(sorted(self._profile(k).items())) for k in self.keys()})],
+            "arrays": arrays, "pixels": pixels,
+        }  # fmt: skip
+
+    def _described(self, keys: Sequence[FeatureKey]) -> list[dict[str, Any]]:
         arrays = []
-        for key in self.keys():
+        for key in keys:
             spec, shards = self._specs[key], self.ledger.all_shards(key)
             record = self.ledger.sets[self.ledger.set_of(key)]
             quality = record.quality.get(key.layer)
@@ -366,17 +390,7 @@ class FeatureStore:
                 "calibration": record.calibrations.get(key.layer, ""),
                 "quality": quality.to_json() if quality is not None else None,
             })  # fmt: skip
-        teachers = {s.teacher.name: s.teacher for s in self._specs.values()}
-        return {
-            "path": self.shown, "format_version": self.manifest.version, "dataset": self.manifest.dataset,
-            "attribution": self.manifest.attribution, "tile_px": self.tile_px, "group_rows": self.manifest.group_rows,
-            "tiles": sum(self.tiles.splits.values()), "quarantined": self.quarantined, "splits": self.tiles.splits,
-            "snapshot": recorded_snapshot(self.paths, self.ledger),
-            "nbytes": sum(a["nbytes"] for a in arrays),
-            "teachers": [t.to_json() for _, t in sorted(teachers.items())],
-            "profiles": [dict(p) for p in sorted({tuple(sorted(self._profile(k).items())) for k in self.keys()})],
-            "arrays": arrays,
-        }  # fmt: skip
+        return arrays
 
     def _rows(self, key: FeatureKey, rows: Sequence[int]) -> list[int]:
         """Return ``rows`` as numbers that do not overflow. Raises ``UsageError`` for one that the store lacks."""

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rsmtdf_cache.errors import FindingsError, MismatchError
@@ -16,8 +16,11 @@ from rsmtdf_cache.head import content_lost, record_files
 from rsmtdf_cache.layout import PARTS, StorePaths, contradiction, parts_of, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import Manifest, load_manifest
+from rsmtdf_cache.pixel_units import changed_tile
+from rsmtdf_cache.pixels import RGB, is_pixels
 from rsmtdf_cache.shard import ShardReader
 from rsmtdf_cache.specs import FeatureSpec
+from rsmtdf_cache.tiles import TileTable
 from rsmtdf_cache.upkeep.survey import Finding, Survey, survey
 
 __all__ = ["Finding", "LEFT", "ORPHAN", "ShardCheck", "audit", "check_shards", "shard_checks", "verify_store"]
@@ -32,12 +35,16 @@ _DRAFT = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # of files.replace_file
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """One committed shard and what it must be. ``live``: its array was not dropped, so it must be there."""
+    """One committed shard and what it must be. ``live``: its array was not dropped, so it must be there.
+
+    ``tiles``: the store's tile table, which has a digest of all pixels.
+    """
 
     spec: FeatureSpec
     commit: Commit
     record: ShardRecord
     live: bool = True
+    tiles: TileTable = field(default_factory=TileTable, repr=False)
 
 
 def verify_store(root: Path, deep: bool = False, on_event: EventSink = ignore_events) -> list[Finding]:
@@ -46,8 +53,9 @@ def verify_store(root: Path, deep: bool = False, on_event: EventSink = ignore_ev
     Always: manifest, every record, pin and the tile table against their checksums, the head against every file it
     lists, recorded snapshots against their roots, committed rows against their group and the tile table, every
     committed shard there with its size and a sound index, no link, no file that nothing lists. ``deep``: also the
-    sha256 of every shard. While a builder works on the store, what it is about to commit or to list is no finding.
-    Raises ``UsageError`` or ``MismatchError`` when there is no store at ``root``.
+    sha256 of every shard, and stored pixels against the digests of the tile table. While a builder works on the store,
+    what it is about to commit or to list is no finding. Raises ``UsageError`` or ``MismatchError`` when there is no
+    store at ``root``.
     """
     paths = StorePaths(root)
     builder = is_locked(paths.lock)
@@ -79,7 +87,7 @@ def audit(found: Survey, manifest: Manifest, builder: bool) -> list[Finding]:
 def shard_checks(ledger: Ledger) -> list[ShardCheck]:
     """Return every shard of the latest generations; those of dropped arrays too, unless others lie there now."""
     checks = [
-        ShardCheck(spec, commit, record, (name, record.layer) not in ledger.dropped)
+        ShardCheck(spec, commit, record, (name, record.layer) not in ledger.dropped, ledger.table)
         for name, units in ledger.commits.items()
         for _, commit in sorted(units.items())
         for record in commit.shards
@@ -122,6 +130,10 @@ def _shard_fault(paths: StorePaths, check: ShardCheck, group_rows: int, deep: bo
         reader = ShardReader(place, shard_layout(check.spec, group_rows, part))
         if deep:
             reader.check_chunks()
+            if is_pixels(check.spec) and check.spec.layer.name == RGB:
+                changed = changed_tile(reader, check.commit.start, check.tiles)
+                if changed is not None:
+                    return f"the pixels of tile {changed!r} are not those of the tile table (their digest differs)"
     except FindingsError as error:
         return str(error).removeprefix(f"{place}: ")
     if reader.present[check.commit.stop - check.commit.start :].any():

@@ -18,6 +18,7 @@ from rsmtdf_cache.files import remove_file, replace_file
 from rsmtdf_cache.layout import PARTS, StorePaths, parts_of, shard_layout
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest
+from rsmtdf_cache.pixels import RGB, is_pixels
 from rsmtdf_cache.specs import FeatureSpec
 
 __all__ = ["derived_files", "stray_metadata", "write_metadata"]
@@ -81,6 +82,7 @@ def _feature_group(root: Any, spec: FeatureSpec, manifest: Manifest, ledger: Led
     shard = shard_layout(spec, manifest.group_rows)
     codec = ledger.codec(spec)
     projected = codec.affine.gain is not None and codec.affine.gain.ndim == 2
+    last = "band" if is_pixels(spec) else "component" if projected else AXES[3]
     group = root.require_group(path)
     named = {
         "teacher": spec.teacher.name, "layer": spec.layer.name, "view": spec.view.name,
@@ -100,18 +102,33 @@ def _feature_group(root: Any, spec: FeatureSpec, manifest: Manifest, ledger: Led
         fill_value=shard.fill,
         compressors=zarr_compressor(spec.encoding.compressor, shard.dtype.itemsize),
         filters=None,
-        dimension_names=(*AXES[:3], "component") if projected else AXES,
+        dimension_names=(*AXES[:3], last),
         attributes={**named, "long_name": long_name, "digest": spec.digest(), "spec": spec.to_json(), **more},
     )
     if "scale" in parts_of(spec):
         _add_decoding(group, spec, manifest, ledger, codec, named)
-    stats = ledger.stats(spec.key)
     for axis, name in enumerate("yx"):
         centres = spec.origin_tile_px[axis] + spec.offset_tile_px + spec.stride_tile_px * np.arange(spec.grid[axis])
         _array(group, name, centres, (name,),
                "token centre in tile pixels, in the frame of the oriented view", named)  # fmt: skip
+    if is_pixels(spec):
+        _add_pixel_labels(group, spec, ledger, named)
+        return
+    stats = ledger.stats(spec.key)
     _array(group, "channel_mean", stats.mean, ("channel",), "mean over all committed tokens", named)
     _array(group, "channel_std", stats.std, ("channel",), "standard deviation over all committed tokens", named)
+
+
+def _add_pixel_labels(group: Any, spec: FeatureSpec, ledger: Ledger, named: Mapping[str, Any]) -> None:
+    """Add what bands are, and of which tiles there are pixels: bytes have no NaN that would say so."""
+    rgb = spec.layer.name == RGB
+    text = "8-bit RGB as decoded" if rgb else "1 where the tile holds data, 0 elsewhere"
+    _column(group, "band", ["red", "green", "blue"] if rgb else [spec.layer.name], text, "band")
+    committed = np.zeros(len(ledger.table), np.bool_)
+    for commit in ledger.commits[ledger.set_of(spec.key)].values():
+        committed[commit.start : commit.stop] = True
+    held = committed & ledger.table.filled
+    _array(group, "committed", held, ("tile",), "whether the tile is stored; the others read as 0", named)
 
 
 def _add_decoding(
@@ -139,14 +156,14 @@ def _add_decoding(
         _array(group, "offset", offset, ("channel",), "what is added last", named)
 
 
-def _column(group: Any, name: str, values: list[str], text: str) -> None:
+def _column(group: Any, name: str, values: list[str], text: str, axis: str = "tile") -> None:
     array = group.create_array(
         name,
         shape=(len(values),),
         chunks=(max(len(values), 1),),
         dtype=str,
         compressors=None,
-        dimension_names=("tile",),
+        dimension_names=(axis,),
         attributes={"long_name": text},
     )
     array[:] = np.array(values, dtype=object)

@@ -14,6 +14,7 @@ from rsmtdf_cache.allocate import Allocator, page_empty
 from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.errors import DataError, MismatchError
 from rsmtdf_cache.sources.base import Tile, TileSource
+from rsmtdf_cache.stored_pixels import StoredPixels, require_pixels
 from rsmtdf_train.geometry import CropGeometry
 from rsmtdf_train.sample import Sample
 from rsmtdf_train.sampler import Draw
@@ -60,10 +61,12 @@ class TileDataset:
         geometry: CropGeometry,
         memory_bytes: int = 2 * 2**30,
         left_out: Collection[str] = (),
+        pixels: StoredPixels | None = None,
     ) -> None:
         """Raise ``MismatchError`` when tiles, geometry and targets do not fit each other.
 
         ``left_out``: ids of tiles that the build of the store quarantined; no arm of a comparison sees them.
+        ``pixels``: what a store holds is read there, mapped, and no image is decoded; the samples are the same.
         """
         if source.tile_px != geometry.tile_px:
             raise MismatchError(
@@ -82,6 +85,10 @@ class TileDataset:
             self._rows = {tile_id: targets.row_of(tile_id) for tile_id in self._tiles}
         self._decoded: _ByteCache = _ByteCache(memory_bytes)
         self._known: set[str] = set()
+        self.pixels = pixels
+        # Of all tiles without labels the same one: it takes one byte.
+        self._unlabeled: NDArray[np.uint8] = np.broadcast_to(np.uint8(source.ignore_index), (source.tile_px,) * 2)
+        self._labeled: set[str] = set()
 
     @property
     def tile_ids(self) -> list[str]:
@@ -99,6 +106,7 @@ class TileDataset:
                 f"{self.source.root}: labelled subset {subset!r} names {len(foreign)} tiles that are not in the train "
                 f"split, e.g. {foreign[0]!r}; labelled subsets are subsets of train"
             )
+        self._labeled.update(ids)
         return ids
 
     def sample(self, draw: Draw) -> Sample:
@@ -145,6 +153,9 @@ class TileDataset:
         )
 
     def _decode(self, tile_id: str) -> tuple[NDArray[np.uint8], ...]:
+        """Return image, label and, where the tile lacks data, validity: of the whole tile."""
+        if self.pixels is not None and tile_id in self.pixels:
+            return self.pixels.image(tile_id), *self._beside(self.pixels, tile_id)
         found = self._decoded.get(tile_id)
         if found is None:
             tile = self._tiles[tile_id]
@@ -152,10 +163,26 @@ class TileDataset:
             if self.targets is not None and tile_id not in self._known:
                 self.targets.check_pixels(tile_id, image)
                 self._known.add(tile_id)
-            if tile.mask is None:
-                mask = np.full(image.shape[:2], self.source.ignore_index, np.uint8)
-            else:
-                mask = self.source.read_mask(tile)
+            mask = self._mask(tile)
             found = (image, mask) if valid is None else (image, mask, valid.astype(np.uint8))
             self._decoded.put(tile_id, *found)
         return found
+
+    def _beside(self, pixels: StoredPixels, tile_id: str) -> tuple[NDArray[np.uint8], ...]:
+        """Return label and validity of a tile whose pixels are stored; validity only where data is lacking."""
+        found = self._decoded.get(tile_id)
+        if found is None:
+            tile, valid = self._tiles[tile_id], pixels.valid(tile_id)
+            if tile_id in self._labeled and tile_id not in self._known and tile.image.is_file():
+                # Labels are of this dataset, pixels of the store: they must be of the same tile, not of the same name.
+                require_pixels(pixels.store, tile_id, self.source.read_image(tile))
+                self._known.add(tile_id)
+            mask = self._mask(tile)
+            if valid is not None:
+                mask = np.where(valid, mask, np.uint8(self.source.ignore_index))
+            found = (mask,) if valid is None else (mask, valid.astype(np.uint8))
+            self._decoded.put(tile_id, *found)
+        return found
+
+    def _mask(self, tile: Tile) -> NDArray[np.uint8]:
+        return self._unlabeled if tile.mask is None else self.source.read_mask(tile)

@@ -46,7 +46,7 @@ class Cut:
     view: int | None = None
 
     def image(self, tile_TT3: NDArray[np.uint8], crop_px: int) -> NDArray[np.uint8]:
-        """Return ``[S, S, 3]`` uint8, contiguous; 0 on padding."""
+        """Return ``[S, S, 3]`` uint8; 0 on padding. A crop that is only turned is a view: a batch copies it once."""
         turned, tile_px, box = orient(tile_TT3, self.orientation), len(tile_TT3), self.box
         frame_px = self.scaled_px or tile_px
         y0, x0 = max(box.y, 0), max(box.x, 0)
@@ -54,7 +54,7 @@ class Cut:
         if frame_px == tile_px and box == Box(y0, x0, y1 - y0, x1 - x0):
             cut = turned[y0:y1, x0:x1]
             if box.height == crop_px:
-                return np.ascontiguousarray(cut)
+                return cut
             return _resized(cut, (crop_px, crop_px), (0, 0, box.height, box.width))
         # Only what is seen is computed. The kernels still reach beyond it, as if the whole tile had been resized first
         # (but for ties of the rounding: at most 2 levels, a test holds it).
@@ -64,8 +64,11 @@ class Cut:
         return image
 
     def label(self, tile_TT: NDArray[np.uint8], crop_px: int, ignore_index: int) -> NDArray[np.uint8]:
-        """Return ``[S, S]`` uint8, contiguous; ``ignore_index`` on padding."""
+        """Return ``[S, S]`` uint8; ``ignore_index`` on padding. A view where ``image`` returns one."""
         turned = orient(tile_TT, self.orientation)
+        if self._is_plain(len(tile_TT), crop_px):
+            plain: NDArray[np.uint8] = turned[self.box.y : self.box.y + crop_px, self.box.x : self.box.x + crop_px]
+            return plain
         (rows, in_y), (columns, in_x) = self._sources(len(tile_TT), crop_px)
         label: NDArray[np.uint8] = turned.take(rows, 0, mode="clip").take(columns, 1, mode="clip")
         label[~in_y] = ignore_index
@@ -74,8 +77,16 @@ class Cut:
 
     def valid(self, tile_px: int, crop_px: int) -> NDArray[np.bool_]:
         """Return ``[S, S]`` bool: False on padding."""
+        if self._is_plain(tile_px, crop_px):
+            return np.ones((crop_px, crop_px), np.bool_)
         (_, in_y), (_, in_x) = self._sources(tile_px, crop_px)
         return np.asarray(in_y[:, None] & in_x)
+
+    def _is_plain(self, tile_px: int, crop_px: int) -> bool:
+        """Whether the crop is a part of the turned tile as it is: not resized, all of it inside."""
+        box = self.box
+        inside = min(box.y, box.x) >= 0 and max(box.y, box.x) + crop_px <= tile_px
+        return (self.scaled_px or tile_px) == tile_px and box.height == box.width == crop_px and inside
 
     def _sources(self, tile_px: int, crop_px: int) -> tuple[tuple[NDArray[Any], NDArray[Any]], ...]:
         """Return for rows and columns of the crop: index in the turned tile ``[S]``, and whether it is there ``[S]``.

@@ -30,6 +30,7 @@ from rsmtdf_train.targets.base import TargetMode, TargetSpec
 
 if TYPE_CHECKING:
     from rsmtdf_cache.store import FeatureStore
+    from rsmtdf_train.pixel_source import PixelSource
 
 __all__ = ["BatchLoader"]
 
@@ -74,12 +75,15 @@ class BatchLoader:
         *,
         geometry_keys: Sequence[str] = (),
         device: torch.device | None = None,
+        pixels: PixelSource = "auto",
         on_event: EventSink = ignore_events,
     ) -> BatchLoader:
         """Return the loader of a run: batches of ``modes.open_dataset``, which says what is raised."""
         from rsmtdf_train.targets.modes import open_dataset
 
-        dataset = open_dataset(source, recipe, store, geometry_keys=geometry_keys, device=device, on_event=on_event)
+        dataset = open_dataset(
+            source, recipe, store, geometry_keys=geometry_keys, device=device, pixels=pixels, on_event=on_event
+        )
         return cls(dataset, recipe, threads, pinned=device is not None and device.type == "cuda")
 
     @property

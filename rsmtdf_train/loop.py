@@ -26,9 +26,11 @@ from rsmtdf_train.checkpoint import (
 from rsmtdf_train.evaluate import evaluate
 from rsmtdf_train.fused_student import FusedStudent
 from rsmtdf_train.logs import LogWriter
+from rsmtdf_train.pixel_source import PixelSource
 from rsmtdf_train.prepare import Part, part_to
 from rsmtdf_train.processes import Processes
 from rsmtdf_train.recipe import Recipe
+from rsmtdf_train.residency import Residency
 from rsmtdf_train.results import scores_to_json
 from rsmtdf_train.run import (
     Run,
@@ -69,6 +71,8 @@ def train(
     on_event: TrainSink = lambda event: None,
     threads: int = 1,
     tensorboard: bool = True,
+    pixels: PixelSource = "auto",
+    residency: Residency = "stream",
 ) -> RunResult:
     """Train ``recipe`` into the run folder ``out`` and score it on ``recipe.eval_split``; return the result.
 
@@ -76,7 +80,9 @@ def train(
     ``store_path``: folder or URL of the store of cached targets, with ``@SNAPSHOT`` or without; given without
     distillation it still decides the geometry of the crops, so that arms are paired. A run that continues reads the
     snapshot it began with. ``pin``: keep that snapshot from being collected as long as the pin in the store, owned by
-    the run's folder, is there. Under ``torchrun`` all processes call this; the first one writes.
+    the run's folder, is there. ``pixels``: whether train tiles are read from the store or decoded from images; it is no
+    part of the run, for the batches are the same. ``residency``: ``ram`` copies what is read of the store into memory
+    first; as little a part of the run. Under ``torchrun`` all processes call this; the first one writes.
     Raises ``UsageError`` (recipe, or targets without a store), ``MismatchError`` (another run, store or dataset),
     ``DataError`` (dataset, damaged checkpoint), ``Interrupted`` after a signal. A loss that is not finite is a
     ``UsageError`` of the recipe.
@@ -87,7 +93,9 @@ def train(
         )
     processes = Processes.join(device)
     try:
-        return _train(recipe, out, store_path, pin, device, on_event, threads, tensorboard, processes)
+        return _train(
+            recipe, out, store_path, pin, device, on_event, threads, tensorboard, processes, pixels, residency
+        )
     finally:
         processes.leave()
 
@@ -102,11 +110,13 @@ def _train(
     threads: int,
     tensorboard: bool,
     processes: Processes,
+    pixels: PixelSource,
+    residency: Residency,
 ) -> RunResult:
     if not processes.first:
         on_event = _silence
     try:
-        run = open_run(recipe, out, store_path, device, threads, processes, on_event)
+        run = open_run(recipe, out, store_path, device, threads, processes, on_event, pixels, residency)
     except StoreGone as gone:
         metrics = None if pin else complete_without_store(recipe, RunFolder(out), gone.address)
         if metrics is None:

@@ -18,8 +18,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -258,6 +261,14 @@ def _matching(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
     return [key for key in known if not patterns or any(fnmatchcase(key, p) for p in patterns)]
 
 
+def _stacked(crops: Sequence[NDArray[Any]]) -> Tensor:
+    """Return the crops, which can be turned views of tiles, as one tensor of its own."""
+    whole = np.empty((len(crops), *crops[0].shape), crops[0].dtype)
+    for place, crop in zip(whole, crops, strict=True):
+        place[...] = crop
+    return torch.from_numpy(whole)
+
+
 def _pool(
     loader: BatchLoader,
     recipe: Recipe,
@@ -282,11 +293,11 @@ def _pool(
         some = draws[start : start + _READ]
         samples = loader.dataset.samples(some, features=False)
         targets = loader.stack_targets(samples, loader.dataset.codes(some)).decoded(device)
-        images = torch.stack([torch.from_numpy(s.image) for s in samples]).to(device).permute(0, 3, 1, 2) / 255
+        images = _stacked([s.image for s in samples]).to(device).permute(0, 3, 1, 2) / 255
         for entry, read in zip(inputs, reader.maps(targets, images), strict=True):
             found[entry.key].append(read)
-        labels = torch.stack([torch.from_numpy(s.label) for s in samples]).to(device)
-        valid = torch.stack([torch.from_numpy(s.valid) for s in samples]).to(device) & (labels != ignore_index)
+        labels = _stacked([s.label for s in samples]).to(device)
+        valid = _stacked([s.valid for s in samples]).to(device) & (labels != ignore_index)
         each = torch.stack([((labels == c) & valid).float() for c in range(classes)], 1)
         shares.append(F.avg_pool2d(each, cell_px))
     labelled = torch.cat(shares)

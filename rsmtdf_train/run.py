@@ -21,9 +21,11 @@ from rsmtdf_train.label_counts import count_labels
 from rsmtdf_train.loader import BatchLoader
 from rsmtdf_train.logs import StepLogged
 from rsmtdf_train.losses import SupervisedLoss, class_weights
+from rsmtdf_train.pixel_source import PixelSource, stored_pixels
 from rsmtdf_train.prepare import StepTools
 from rsmtdf_train.processes import Processes
 from rsmtdf_train.recipe import Recipe
+from rsmtdf_train.residency import Residency, hold_run
 from rsmtdf_train.state import TrainState
 from rsmtdf_train.targets.stored import check_pins
 
@@ -82,6 +84,8 @@ def open_run(
     threads: int,
     processes: Processes,
     on_event: TrainSink,
+    pixels: PixelSource = "auto",
+    residency: Residency = "stream",
 ) -> Run:
     """Return the run of ``recipe`` in folder ``out``, with its number of steps counted; nothing is written yet.
 
@@ -94,9 +98,6 @@ def open_run(
         raise MismatchError(f"--out {out}: holds something that is no run; give an empty or new folder")
     chosen = pick_device(processes.device(device))
     source = open_source(recipe.data)
-    scored = [recipe.validation.split] if recipe.validation.every != 0 else []
-    source.check([recipe.labeled, recipe.eval_split, *scored])
-    recipe = count_steps(recipe, source)
     store: FeatureStore | None = None
     if store_path is not None:
         from rsmtdf_train.run_store import open_run_store
@@ -107,7 +108,11 @@ def open_run(
             raise StoreGone(store_path, error) from error
         if recipe.distill is not None:
             check_pins(store, recipe.distill.pins)
-    loader = BatchLoader.open(source, recipe, store, threads, device=chosen, on_event=on_event)
+    source.held = stored_pixels(store, pixels)
+    scored = [recipe.validation.split] if recipe.validation.every != 0 else []
+    source.check([recipe.labeled, recipe.eval_split, *scored])
+    recipe = count_steps(recipe, source)
+    loader = BatchLoader.open(source, recipe, store, threads, device=chosen, pixels=pixels, on_event=on_event)
     loader.check_parts(processes.count * recipe.batch.accumulate)
     _check_patterns(recipe, loader)
     shapes = () if loader.targets is None else tuple(
@@ -129,6 +134,7 @@ def open_run(
     tools = StepTools(supervised, source.ignore_index, loader.offsets_px)
     if mode is not None and mode.live is not None:
         tools = replace(tools, live=mode.live, is_online=mode.is_online)
+    hold_run(loader.dataset, residency, on_event, chosen)  # last: all else that can be wrong is told at once
     absent = tuple(c.name for c, n in zip(source.classes, counts.tolist(), strict=True) if n == 0)
     return Run(
         identity, folder, source, loader, chosen, tools, processes, store, _drift(recipe, loader, chosen), absent

@@ -28,6 +28,9 @@ def build_request(
         list[str] | None,
         typer.Option(help="NAME[,weights=FILE][,pretrained=none,seed=N][,layers=a+b][,scales=1+0.5]; repeatable."),
     ] = None,
+    pixels: Annotated[
+        bool, typer.Option("--pixels", help="Store the tiles' decoded pixels too: training decodes no image.")
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="YAML file with the same keys and more; options win.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Splits to encode; repeatable (default: train).")] = None,
     scales: Annotated[str | None, typer.Option(help="Scales of the views, e.g. 1,0.5 (the default).")] = None,
@@ -81,11 +84,15 @@ def build_request(
     values |= {name: value for name, value in given.items() if value is not None}
     if isinstance(values.get("out"), str):  # of --config
         values["out"] = local_folder(values["out"])
-    values |= {name: True for name, flag in (("strict", strict), ("allow_mixed", allow_mixed)) if flag}
+    values |= {
+        name: True for name, flag in (("strict", strict), ("allow_mixed", allow_mixed), ("pixels", pixels)) if flag
+    }
     if default_out is not None and not values.get("out"):
         values["out"] = default_out
     asked = (("data", "DATA"), ("out", "--out STORE"), ("teachers", "--teacher NAME"))
     missing = [text for name, text in asked if not values.get(name)]
+    if values.get("pixels") is True and "--teacher NAME" in missing:
+        missing.remove("--teacher NAME")
     if missing:
         raise UsageError(
             f"{words}: {', '.join(missing)} missing; e.g. "

@@ -42,7 +42,7 @@ def info(store: AnyStoreArgument, json: JsonOption = False, quiet: QuietOption =
         screen.print(f"teacher {plain(item['name'])}: {plain(item['architecture'])}, weights {plain(weights)}")
     for profile in found["profiles"]:
         screen.print("numerics " + ", ".join(f"{k} {plain(str(v))}" for k, v in profile.items()))
-    show_arrays(found["arrays"])
+    show_arrays(found["arrays"] + found["pixels"])
 
 
 @command

@@ -67,7 +67,7 @@ def show_plan(plan: BuildPlan) -> None:
     )
     if plan.unread:
         screen.print(f"pixels of {plan.unread} tiles were not looked at; those that cannot be used are left out later")
-    if not any(item.batches for item in plan.work):
+    if not plan.nbytes and not any(item.batches for item in plan.work):
         screen.print("nothing left to do")
     elif plan.forecast and plan.measured:
         _show_times(plan, plan.measured, plan.forecast)
@@ -93,6 +93,8 @@ def _show_times(plan: BuildPlan, measured: Measured, ahead: Forecast) -> None:
         screen.print(f"before: {seconds_text(ahead.look)} to check tiles, {seconds_text(ahead.load)} to load teachers")
     limit = {"teachers": "the teachers are", "disk": "the disk is", "tiles": "looking at the tiles is"}
     screen.print(f"in all {seconds_text(ahead.seconds)}; {limit.get(ahead.bottleneck, 'nothing is')} the bottleneck")
+    if not plan.work:
+        return
     epochs = ahead.break_even_epochs
     if epochs is None:
         pays = "it never pays in time: reading is no quicker than the teachers"

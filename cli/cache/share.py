@@ -28,6 +28,12 @@ DeepOption = Annotated[
 ]
 
 
+PixelsOption = Annotated[
+    bool, typer.Option("--pixels", help="Also the tiles' pixels, where the store has them: images leave with them.")
+]
+NoPixelsOption = Annotated[bool, typer.Option("--pixels/--no-pixels", help="Bring the tiles' pixels, where there are.")]
+
+
 @command
 def push(
     store: Annotated[str, typer.Argument(help="Folder of the store, or FOLDER@SNAPSHOT.", show_default=False)],
@@ -36,17 +42,19 @@ def push(
     layer: LayerOption = None,
     view: ViewOption = None,
     tiles: TilesOption = None,
+    pixels: PixelsOption = False,
     workers: WorkersOption = 4,
     dry_run: DryRunOption = False,
     deep: DeepOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Publish STORE at URL; a second push continues, or adds what is new. Images and masks never travel."""
+    """Publish STORE at URL; a second push continues, or adds what is new. Images travel with --pixels alone."""
     from rsmtdf_cache.share.push import push_store
 
+    chosen = _selection(teacher, layer, view, tiles, pixels)
     with progress(quiet) as on_event:
-        report = push_store(store, url, _selection(teacher, layer, view, tiles), on_event, workers, dry_run, deep)
+        report = push_store(store, url, chosen, on_event, workers, dry_run, deep)
     _show(report, json, quiet)
 
 
@@ -66,6 +74,7 @@ def pull(
     layer: LayerOption = None,
     view: ViewOption = None,
     tiles: TilesOption = None,
+    pixels: NoPixelsOption = True,
     workers: WorkersOption = 4,
     dry_run: DryRunOption = False,
     deep: DeepOption = False,
@@ -76,19 +85,20 @@ def pull(
     from rsmtdf_cache.share.catalogue import register_store
     from rsmtdf_cache.share.pull import pull_store
 
+    chosen = _selection(teacher, layer, view, tiles, pixels)
     with progress(quiet) as on_event:
-        report = pull_store(url, folder, _selection(teacher, layer, view, tiles), on_event, workers, dry_run, deep)
+        report = pull_store(url, folder, chosen, on_event, workers, dry_run, deep)
         if not dry_run:
             register_store(folder, on_event=on_event)
     _show(report, json, quiet)
 
 
 def _selection(
-    teacher: list[str] | None, layer: list[str] | None, view: list[str] | None, tiles: str | None
+    teacher: list[str] | None, layer: list[str] | None, view: list[str] | None, tiles: str | None, pixels: bool
 ) -> Selection:
     from rsmtdf_cache.share.select import Selection
 
-    return Selection(tuple(teacher or ()), tuple(layer or ()), tuple(view or ()), tiles)
+    return Selection(tuple(teacher or ()), tuple(layer or ()), tuple(view or ()), tiles, pixels)
 
 
 def _show(report: CopyReport, json: bool, quiet: bool) -> None:

@@ -10,6 +10,7 @@ from rsmtdf_cache.codecs.compressors import check_compressor
 from rsmtdf_cache.codecs.float16 import Float16
 from rsmtdf_cache.codecs.int8 import Int8
 from rsmtdf_cache.codecs.pca import PcaInt8
+from rsmtdf_cache.codecs.uint8 import Uint8
 from rsmtdf_cache.errors import FindingsError, UsageError, did_you_mean
 from rsmtdf_cache.specs import EncodingSpec
 
@@ -29,15 +30,19 @@ __all__ = [
 #: The allow-list (decision 16): a store can name a codec, never a module to import.
 CODECS: dict[str, type[Codec]] = {"float16": Float16, "int8": Int8, "pca-int8": PcaInt8}
 
+#: Of pixels, which a build stores on its own: a store can name it, a user cannot ask for it.
+_PIXELS: dict[str, type[Codec]] = {"uint8": Uint8}
+
 _KNOWN = "float16, int8, pcaK-int8 (K = components, e.g. pca96-int8)"
 
 
 def codec_class(encoding: EncodingSpec) -> type[Codec]:
     """Return the codec that ``encoding`` names. Raises ``UsageError`` for a name that is not on the list."""
-    if encoding.codec not in CODECS:
+    kind = CODECS.get(encoding.codec) or _PIXELS.get(encoding.codec)
+    if kind is None:
         raise UsageError(f"unknown codec {encoding.codec!r}.{did_you_mean(encoding.codec, CODECS)} Known: {_KNOWN}")
     check_compressor(encoding.compressor)
-    return CODECS[encoding.codec]
+    return kind
 
 
 def load_codec(encoding: EncodingSpec, channels: int, calibration: Calibration | None = None) -> Codec:

@@ -67,6 +67,10 @@ class Codec(ABC):
     #: Whether tokens have a scale of their own, and whether the codec must see features before it can encode.
     scaled: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    #: Whether the writer sums its values up (``ChannelStats``), and refuses those that are not finite.
+    counted: ClassVar[bool] = True
+    #: A chunk is at most so many tokens a side (decision 5).
+    chunk_side: ClassVar[int] = 32
 
     def __init__(self, encoding: EncodingSpec, channels: int, calibration: Calibration | None = None) -> None:
         """``calibration`` is needed when ``calibrated``; ``load_codec`` makes sure that it fits."""

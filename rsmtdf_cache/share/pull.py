@@ -83,18 +83,21 @@ def pull_store(
 
     A second call continues, or adds what the selection has more; ``target`` may hold an earlier or partial copy, whose
     shards are fetched again where they are missing or of another size; ``deep``: also where their sha256 differs.
+    Default: all that is published, pixels too.
     Raises ``MismatchError`` (another store there), ``FindingsError`` (the remote is damaged or hostile),
     ``ResourceError`` (network, disk), ``UsageError`` (selection), ``Interrupted``: committed units stay in every case.
     """
     address = url if isinstance(url, Address) else Address.parse(url)
     if address.is_local:
-        return copy_local(address, Path(target), selection or Selection(), on_event, workers, dry_run, deep)
+        return copy_local(address, Path(target), selection or Selection(pixels=True), on_event, workers, dry_run, deep)
     transport = connect(address)
 
     def stage(folder: Path) -> Staged:
         return stage_records(transport, folder)
 
-    return copy_store(transport, stage, Path(target), selection or Selection(), on_event, workers, dry_run, deep)
+    return copy_store(
+        transport, stage, Path(target), selection or Selection(pixels=True), on_event, workers, dry_run, deep
+    )
 
 
 def copy_store(

@@ -1,4 +1,4 @@
-"""Publish a store, or a part of it, at a URL. Pixels and labels never travel.
+"""Publish a store, or a part of it, at a URL. Pixels travel only if asked for, labels never.
 
 Order: manifest, tile segments, set records, then unit by unit the shards and the commit record (put-if-absent), Zarr
 metadata, and ``ledger/head.json`` last: readers of a remote store trust the head alone. A local shard is compared with

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rsmtdf_cache.errors import MismatchError, UsageError, did_you_mean
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
+from rsmtdf_cache.pixels import is_pixels
 from rsmtdf_cache.specs import FeatureSpec
 from rsmtdf_cache.tiles import TileTable
 
@@ -21,16 +22,22 @@ __all__ = ["CopyPlan", "Selection", "Unit", "plan_copy"]
 
 @dataclass(frozen=True)
 class Selection:
-    """Patterns (``dino*``) of teachers, layers and views, each empty for all; ``tiles``: a split or a file of ids."""
+    """Patterns (``dino*``) of teachers, layers and views, each empty for all; ``tiles``: a split or a file of ids.
+
+    ``pixels``: also the tiles' pixels, whatever the patterns say (decision 15: they travel only if asked for).
+    """
 
     teachers: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     views: tuple[str, ...] = ()
     tiles: str | None = None
+    pixels: bool = False
 
     def takes(self, spec: FeatureSpec) -> bool:
         """Whether the array is chosen."""
         key = spec.key
+        if is_pixels(key):
+            return self.pixels
         parts = ((self.teachers, key.teacher), (self.layers, key.layer), (self.views, key.view))
         return all(not patterns or any(fnmatchcase(name, p) for p in patterns) for patterns, name in parts)
 
@@ -254,7 +261,8 @@ def _nothing(source: Ledger, selection: Selection) -> str:
                 hint = hint or did_you_mean(pattern, names)
     words = " ".join(f"{option} {p}" for option, patterns, _ in asked for p in patterns) or "everything"
     listing = ", ".join(map(str, keys[:8])) + (" …" if len(keys) > 8 else "")
-    return f"{words}: takes no array of the store.{hint} It holds: {listing or 'no array yet'}"
+    left = "; pixels travel with --pixels" if not selection.pixels and any(map(is_pixels, keys)) else ""
+    return f"{words}: takes no array of the store.{hint} It holds: {listing or 'no array yet'}{left}"
 
 
 def _some(groups: Sequence[int]) -> str:

@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.rasters.scaling import PixelRule
 
-__all__ = ["ClassInfo", "Georeference", "Tile", "TileSource"]
+__all__ = ["ClassInfo", "Georeference", "HeldPixels", "Tile", "TileSource"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,20 @@ class Tile:
         return str(self.image) if self.origin_px is None else f"{self.image}#{self.origin_px[0]},{self.origin_px[1]}"
 
 
+class HeldPixels(Protocol):
+    """Who has pixels of tiles beside the dataset's own files: a store."""
+
+    def __contains__(self, tile_id: object) -> bool: ...
+
+    @property
+    def may_lack_data(self) -> bool: ...
+
+
 class TileSource(ABC):
     """A dataset on disk. All tiles are square, of one side ``tile_px``.
 
-    ``pixels``: how values become 8-bit RGB, None where files hold that.
+    ``pixels``: how values become 8-bit RGB, None where files hold that. ``held``: tiles that somebody else has the
+    pixels of: that their images are not there is no fault, as long as nobody reads them.
     """
 
     root: Path
@@ -65,6 +76,16 @@ class TileSource(ABC):
     ignore_index: int
     attribution: str
     pixels: PixelRule | None = None
+    held: HeldPixels | None = None
+
+    def is_held(self, tile_id: str) -> bool:
+        """Return whether the image of a tile may be absent."""
+        return self.held is not None and tile_id in self.held
+
+    @property
+    def may_lack_data(self) -> bool:
+        """Whether tiles of this dataset can have pixels without data; ``read_valid`` says where."""
+        return False
 
     @property
     @abstractmethod

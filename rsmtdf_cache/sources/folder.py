@@ -57,8 +57,14 @@ class FolderSource(ListedSource):
         name = f"pillow {version('pillow')}"
         if self.pixels is not None:
             return f"{name}, {gdal_version()}, {self.pixels.to_json()}"
-        foreign = any(not file.lower().endswith(".png") for files in self._images.values() for file in files)
-        return f"{name}, {gdal_version()}" if foreign else name
+        return f"{name}, {gdal_version()}" if self.may_lack_data else name
+
+    @property
+    def may_lack_data(self) -> bool:
+        """Return whether GDAL reads some of the images: only plain PNG has data everywhere."""
+        return self.pixels is not None or any(
+            not file.lower().endswith(".png") for files in self._images.values() for file in files
+        )
 
     def check(self, splits: Sequence[str] | None = None) -> None:
         """Raise ``DataError`` for the first fault of the dataset as a whole.
@@ -121,6 +127,11 @@ class FolderSource(ListedSource):
         """
         if tile.mask is None:
             raise DataError(f"tile {tile.id!r} of {self.root} has no mask; it can only be used without labels")
+        if self.held is not None and self.held.may_lack_data and not tile.image.is_file():
+            raise DataError(
+                f"{tile.image}: there is no such file. A store has the pixels of {tile.id!r}, but where an image has "
+                "no data its labels do not count, and that is read from the image; bring it back"
+            )
         if not self._is_plain_mask(tile.mask):
             mask = self._rasters.mask(tile.image, tile.mask, (0, 0))
             return mask
@@ -164,6 +175,8 @@ class FolderSource(ListedSource):
 
     @cached_property
     def _images(self) -> dict[str, list[str]]:
+        if self.held is not None and not (self.root / "images").exists():
+            return {}
         return _list_files(self.root / "images")
 
     @cached_property
@@ -178,6 +191,8 @@ class FolderSource(ListedSource):
     def tile(self, tile_id: str, split: str) -> Tile:
         """Return the tile that ``split`` names. Raises ``DataError`` for an id without an image file."""
         files = self._images.get(tile_id)
+        if not files and self.is_held(tile_id):
+            files = [f"{tile_id}.png"]
         if not files:
             raise DataError(
                 f"{self._split_files[split]}: id {tile_id!r} has no image file {self.root / 'images'}/{tile_id}.png;"
@@ -197,7 +212,8 @@ class FolderSource(ListedSource):
             for stem, names in listing.items():
                 if len(names) > 1:
                     raise DataError(f"{self.root / folder}: tile id {stem!r} stands twice: {', '.join(names)}")
-        orphan = min(self._masks.keys() - self._images.keys(), default=None)
+        orphans = self._masks.keys() - self._images.keys()
+        orphan = min((i for i in orphans if not self.is_held(i)), default=None)
         if orphan is not None:
             raise DataError(
                 f"mask {self.root / 'masks' / self._masks[orphan][0]} has no image images/{orphan}.png; add it or "
@@ -216,7 +232,9 @@ class FolderSource(ListedSource):
         try:
             image = self._rasters.size(tile.image)
         except (PngError, OSError, DataError):
-            return
+            if not self.is_held(tile.id) or tile.image.exists():
+                return
+            image = (self.tile_px, self.tile_px)
         try:
             mask = self._rasters.size(tile.mask)
         except (PngError, OSError) as error:

@@ -44,6 +44,11 @@ class GeotiffSource(ListedSource):
         """Return GDAL's version and the rule by which values become pixels."""
         return f"{gdal_version()}, {self.pixels.to_json() if self.pixels else None}"
 
+    @property
+    def may_lack_data(self) -> bool:
+        """Return True: tiles reach beyond scenes, and scenes can have holes."""
+        return True
+
     @cached_property
     def rasters(self) -> Mapping[str, Raster]:
         """The scenes by name. Raises ``DataError`` for a table that cannot be read."""
@@ -88,9 +93,12 @@ class GeotiffSource(ListedSource):
         self._check_tables()
         self._check_splits(None if splits is None else self._asked(splits))
         tiles = self.tiles(splits)
-        firsts = {self.cells[tile.id].scene: tile for tile in tiles}
+        firsts = {self.cells[tile.id].scene: tile for tile in tiles if tile.mask is not None or not self._is_away(tile)}
         self._each(self._check_scene, list(firsts.values()))
         self._each(self._check_mask, tiles)
+
+    def _is_away(self, tile: Tile) -> bool:
+        return self.is_held(tile.id) and not tile.image.exists()
 
     def _check_tables(self) -> None:
         for tile_id, cell in self.cells.items():

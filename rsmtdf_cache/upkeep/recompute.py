@@ -18,6 +18,8 @@ from rsmtdf_cache.head import load_whole
 from rsmtdf_cache.layout import ArraySet, StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
+from rsmtdf_cache.pixel_units import read_codes
+from rsmtdf_cache.pixels import is_pixels
 from rsmtdf_cache.plan import TeacherLoader, rows_of_group
 from rsmtdf_cache.request import TeacherAsked
 from rsmtdf_cache.sources import open_source
@@ -133,6 +135,14 @@ def recompute_sample(
     # By teacher, so that each is loaded once.
     for set_id, row in sorted(sample, key=lambda s: (ledger.live(s[0])[0].teacher.name, *s)):
         arrays = ArraySet(tuple(ledger.live(set_id)))
+        if is_pixels(arrays.specs[0]):
+            for key, fault in _pixels_again(ledger, arrays, row, reader, codes):
+                old = results.get(key, Recomputed(key, 0, 1.0, True, True))
+                cosine = 0.0 if fault else old.cosine
+                results[key] = Recomputed(key, old.tiles + 1, cosine, old.equal and not fault, True)
+                faults += [Finding(key, fault)] if fault else []
+            on_event(Progress("recompute", 1))
+            continue
         recorded = ledger.commits[set_id][row // manifest.group_rows].profile
         teacher = shelf.teacher(arrays.specs[0].teacher)
         profile = profile_here(recorded, teacher)
@@ -159,6 +169,22 @@ def recompute_sample(
         on_event(Progress("recompute", 1))
     on_event(ProgressEnd("recompute"))
     return [results[key] for key in sorted(results)], faults
+
+
+def _pixels_again(
+    ledger: Ledger, arrays: ArraySet, row: int, reader: TileReader, codes: StoredCodes
+) -> Iterator[tuple[str, str]]:
+    """Yield each array of pixels and what is wrong with a tile of it, an empty text for nothing: bytes are compared."""
+    layers = [s.layer.name for s in arrays.specs]
+    fresh = dict(read_codes(layers, [row], reader, workers=1))[row]
+    for spec in arrays.specs:
+        try:
+            same = codes.read(spec, row).tobytes() == fresh[spec.layer.name].tobytes()
+        except FindingsError as error:
+            yield str(spec.key), str(error)
+            continue
+        name = ledger.table.record(row).id
+        yield str(spec.key), "" if same else f"tile {name!r} read again from the dataset: other values"
 
 
 def _spread(ledger: Ledger, group_rows: int) -> Iterator[tuple[str, int]]:

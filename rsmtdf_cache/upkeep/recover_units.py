@@ -278,7 +278,7 @@ def _shards(ledger: Ledger, spec: FeatureSpec, group: int, group_rows: int) -> I
     readers = {p: ShardReader(paths.shard(spec.key, group, p), shard_layout(spec, group_rows, p)) for p in parts}
     held = {p: np.empty((*spec.grid, r.layout.channels), r.layout.dtype) for p, r in readers.items()}
     codec, stats = ledger.codec(spec), ChannelStats.empty(spec.layer.channels)
-    for row in np.flatnonzero(readers["features"].present):
+    for row in np.flatnonzero(readers["features"].present) if codec.counted else ():
         for part, reader in readers.items():
             reader.read(int(row), 0, 0, held[part])
         stats.add(codec.decode(Codes(held["features"], held["scale"][..., 0] if "scale" in held else None)))

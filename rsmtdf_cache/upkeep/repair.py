@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rsmtdf_cache.array_writer import ArrayWriter
+from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.encode import TileReader, encode_unit
 from rsmtdf_cache.errors import DataError, FindingsError, MismatchError, ResourceError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
@@ -21,6 +24,8 @@ from rsmtdf_cache.head import write_head
 from rsmtdf_cache.layout import ArraySet, StorePaths, parts_of
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.manifest import Manifest, load_manifest
+from rsmtdf_cache.pixel_units import read_codes, store_unit
+from rsmtdf_cache.pixels import is_pixels
 from rsmtdf_cache.plan import TeacherLoader, rows_of_group
 from rsmtdf_cache.request import TeacherAsked
 from rsmtdf_cache.sources import open_source
@@ -191,9 +196,8 @@ class _Encoder:
         try:
             if wrong:
                 raise FindingsError(f"its record names another place than {'/'.join(wrong[0])} has")
-            teacher, reader = self._ready(ledger, specs[0], manifest)
-            profile = profile_here(commit.profile, teacher)
-            fresh = _drafts(folder, teacher, ledger, commit, specs, profile, manifest.group_rows, reader)
+            profile, maps = self._maps(ledger, commit, specs[0], manifest)
+            fresh = _drafts(folder, maps, ledger, commit, specs, manifest.group_rows)
         except (DataError, MismatchError, ResourceError, FindingsError) as error:
             self.left += [Finding(self.paths.relative(p), f"not encoded again: {error}") for p in places.values()]
             shutil.rmtree(folder, ignore_errors=True)
@@ -228,10 +232,14 @@ class _Encoder:
         threads = torch.get_num_threads()
         try:
             arrays = ArraySet(tuple(ledger.live(name)))
+            full = ledger.sets[name].arrays  # the writer leaves dropped layers out, and the set keeps its name
+            if is_pixels(arrays.specs[0]):
+                for _ in store_unit(full, group, rows, ledger, manifest.group_rows, self._images(ledger)):
+                    pass
+                return [Repaired(path, "its unit was read from the dataset and committed again")]
             teacher, reader = self._ready(ledger, arrays.specs[0], manifest)
             profile = profile_here(ledger.sets[name].profile, teacher)
             torch.set_num_threads(profile.threads)
-            full = ledger.sets[name].arrays  # the writer leaves dropped layers out, and the set keeps its name
             for _ in encode_unit(teacher, full, group, rows, profile, ledger, manifest.group_rows, reader):
                 pass
         except (DataError, MismatchError, ResourceError, FindingsError) as error:
@@ -243,15 +251,32 @@ class _Encoder:
 
     def _ready(self, ledger: Ledger, spec: FeatureSpec, manifest: Manifest) -> tuple[Teacher, TileReader]:
         """Return the teacher, after its canary, and the reader of the images."""
+        reader = self._images(ledger)
+        teacher = self._shelf.teacher(spec.teacher)
+        if spec.teacher.name not in self._trusted:
+            check_canary(teacher, ledger, reader, manifest.group_rows, damaged=self.damaged)
+            self._trusted.add(spec.teacher.name)
+        return teacher, reader
+
+    def _images(self, ledger: Ledger) -> TileReader:
         assert self.data is not None
         if self._reader is None:
             self._shelf.refuse_unknown({s.teacher.name for s in ledger.specs().values()})
             self._reader = TileReader(open_source(self.data), ledger.table)
-        teacher = self._shelf.teacher(spec.teacher)
-        if spec.teacher.name not in self._trusted:
-            check_canary(teacher, ledger, self._reader, manifest.group_rows, damaged=self.damaged)
-            self._trusted.add(spec.teacher.name)
-        return teacher, self._reader
+        return self._reader
+
+    def _maps(
+        self, ledger: Ledger, commit: Commit, spec: FeatureSpec, manifest: Manifest
+    ) -> tuple[NumericsProfile, Iterator[tuple[int, Mapping[str, Codes | NDArray[np.float32]]]]]:
+        """Return the maps of a unit's rows by layer, made again, and in which numerics; pixels come as codes."""
+        rows = [r for r in rows_of_group(ledger.table, commit.group, manifest.group_rows) if r < commit.stop]
+        arrays = ledger.sets[commit.set_id].arrays
+        if is_pixels(spec):
+            layers = [s.layer.name for s in arrays.specs]
+            return commit.profile, read_codes(layers, rows, self._images(ledger))
+        teacher, reader = self._ready(ledger, spec, manifest)
+        profile = profile_here(commit.profile, teacher)
+        return profile, encode_again(teacher, arrays, rows, profile, reader)
 
 
 def _new_bytes(commit: Commit, profile: NumericsProfile) -> str:
@@ -263,20 +288,23 @@ def _new_bytes(commit: Commit, profile: NumericsProfile) -> str:
 
 
 def _drafts(
-    folder: Path, teacher: Teacher, ledger: Ledger, commit: Commit, specs: list[FeatureSpec],
-    profile: NumericsProfile, group_rows: int, reader: TileReader,
+    folder: Path, maps: Iterator[tuple[int, Mapping[str, Codes | NDArray[np.float32]]]], ledger: Ledger,
+    commit: Commit, specs: list[FeatureSpec], group_rows: int,
 ) -> dict[Path, ShardRecord]:  # fmt: skip
     """Write the shards of ``specs`` to ``folder``, durably, and return ``{draft: what it is}``."""
-    rows = [r for r in rows_of_group(ledger.table, commit.group, group_rows) if r < commit.stop]
     with contextlib.ExitStack() as open_drafts:
         writers = [open_drafts.enter_context(ArrayWriter(folder, s, ledger.codec(s), group_rows)) for s in specs]
-        for row, maps in encode_again(teacher, ledger.sets[commit.set_id].arrays, rows, profile, reader):
+        for row, found in maps:
+            tile_id = ledger.table.record(row).id
             for writer in writers:
-                tile_id = ledger.table.record(row).id
-                writer.add(row - commit.start, tile_id, maps[writer.spec.layer.name])
-        found: dict[Path, ShardRecord] = {}
+                values = found[writer.spec.layer.name]
+                if isinstance(values, Codes):
+                    writer.add_stored(row - commit.start, tile_id, values)
+                else:
+                    writer.add(row - commit.start, tile_id, values)
+        done: dict[Path, ShardRecord] = {}
         for writer in writers:
             writer.close()
             drafts = writer.places(ledger.paths, commit.group)
-            found |= zip(drafts, writer.records(ledger.paths, commit.group), strict=True)
-    return found
+            done |= zip(drafts, writer.records(ledger.paths, commit.group), strict=True)
+    return done

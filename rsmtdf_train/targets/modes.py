@@ -21,6 +21,7 @@ from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.sources.base import TileSource
 from rsmtdf_train.dataset import TileDataset
 from rsmtdf_train.geometry import CropGeometry, FixedViewGeometry, Geometry, NativeGeometry
+from rsmtdf_train.pixel_source import PixelSource, require_stored, stored_pixels
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.targets.base import TargetMode
 from rsmtdf_train.targets.fixed import FixedViewTargets, fixed_view_geometry
@@ -39,12 +40,14 @@ def open_dataset(
     *,
     geometry_keys: Sequence[str] = (),
     device: torch.device | None = None,
+    pixels: PixelSource = "auto",
     on_event: EventSink = ignore_events,
 ) -> TileDataset:
     """Return the train tiles with the geometry and the targets of ``recipe``.
 
     With a store, crops are those of its features (that match ``geometry_keys``, default all) also when ``recipe`` does
-    not distil, so that arms are paired. Live teachers are loaded on ``device``. Raises ``UsageError`` (recipe),
+    not distil, so that arms are paired. ``pixels``: where images come from; the samples are the same. Live teachers
+    are loaded on ``device``. Raises ``UsageError`` (recipe),
     ``MismatchError`` (store and dataset, teachers and store), ``ResourceError`` (weights out of reach).
     """
     geometry = _geometry(source, recipe, store, geometry_keys)
@@ -61,7 +64,11 @@ def open_dataset(
             mode = stored
         if mode is None:
             raise UsageError(f"targets {recipe.targets} reads a store: --use-cache STORE, or --no-distill")
-    return TileDataset(source, mode, geometry, left_out=store.quarantined if store is not None else ())
+    left_out = store.quarantined if store is not None else ()
+    dataset = TileDataset(source, mode, geometry, left_out=left_out, pixels=stored_pixels(store, pixels))
+    if pixels == "store" and dataset.pixels is not None:
+        require_stored(dataset.pixels, dataset.tile_ids)
+    return dataset
 
 
 def _geometry(source: TileSource, recipe: Recipe, store: FeatureStore | None, keys: Sequence[str]) -> CropGeometry:

@@ -19,7 +19,7 @@ from rsmtdf_cache.crops import nearest_orientation, read_crops, whole_views
 from rsmtdf_cache.errors import MismatchError, UsageError, did_you_mean
 from rsmtdf_cache.specs import EncodingSpec, FeatureKey, FeatureSpec
 from rsmtdf_cache.stats import ChannelStats
-from rsmtdf_cache.tiles import pixel_digest
+from rsmtdf_cache.stored_pixels import require_pixels
 from rsmtdf_cache.views import Box, lattice_px, token_box
 from rsmtdf_train.geometry import Geometry
 from rsmtdf_train.targets.base import TargetMode, TargetRequest, TargetSpec, match_keys, silence_constant
@@ -168,11 +168,7 @@ class StoredTargets(TargetMode):
 
     def check_pixels(self, tile_id: str, image: NDArray[np.uint8]) -> None:
         """Raise ``MismatchError`` when the store was built from other pixels than ``image``."""
-        if pixel_digest(image) != self.store.tiles.record(self.row_of(tile_id)).digest:
-            raise MismatchError(
-                f"tile {tile_id!r}: its pixels are not those that {self.store.shown} was built from; "
-                f"train on the dataset of the store, or build a new store from this one"
-            )
+        require_pixels(self.store, tile_id, image)
 
     def _check_components(self) -> None:
         """Raise ``UsageError`` when components are asked for and nothing that is distilled has any."""
@@ -210,7 +206,11 @@ class StoredTargets(TargetMode):
 
     def source_rows(self, requests: Iterable[TargetRequest]) -> list[int]:
         """Return the rows whose features the requests are given."""
-        return [request.row if self.instead is None else self.instead[request.row] for request in requests]
+        return self.rows_read(request.row for request in requests)
+
+    def rows_read(self, rows: Iterable[int]) -> list[int]:
+        """Return the rows whose features tiles of ``rows`` are given."""
+        return [row if self.instead is None else self.instead[row] for row in rows]
 
     def _target(
         self, key: str, stride_px: float, offset_px: float, stats: Sequence[FeatureKey], codec: Codec
@@ -282,6 +282,11 @@ class CachedTargets(StoredTargets):
 
     def arrays_of(self, key: str) -> list[FeatureSpec]:
         return list(self._by_key[key].values())
+
+    @property
+    def by_key(self) -> Mapping[str, Mapping[int, FeatureSpec]]:
+        """The chosen targets: ``{key: {orientation: spec}}``."""
+        return self._by_key
 
     def arrays(self) -> list[FeatureSpec]:
         frames = self.geometry.orientations
