@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 PYTEST_FLAGS ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fmt bench bench-sample bench-accuracy torture docs
+.PHONY: help setup demo test check fmt bench bench-sample bench-accuracy torture torture-cluster docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench-accuracy: $(STAMP) ## what each part of the method is worth, on two sets (
 
 torture: $(STAMP) ## kill builds, flip bits, cut transfers, fill disks; a table of what was lost (minutes; JSON in bench-out/)
 	$(BIN)/python -m tests.torture --kills 200 --flips 200 --cuts 50 --full 20 --out bench-out/torture.json
+
+torture-cluster: $(STAMP) ## real dask workers, schedulers and clients that die, hang, differ and fill up, 20 rounds (an hour on two cores)
+	for round in $$(seq 20); do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x tests/integration/test_workers.py || exit 1; done
 
 docs: $(STAMP) ## write docs/cli.md from the commands and check the links of all pages
 	$(BIN)/python docs/build.py

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rsmtdf_cache.calibrate import Calibrator, check_given, own_calibrations, read_calibrations
-from rsmtdf_cache.encode import TileReader, encode_unit
+from rsmtdf_cache.encode import TileReader
 from rsmtdf_cache.errors import DataError, Interrupted, RsmtdfError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import build_lock, disk_errors, replace_json
@@ -47,16 +45,18 @@ from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cache.teachers.base import Teacher
 from rsmtdf_cache.tiles import TileRecord
 from rsmtdf_cache.upkeep.canary import check_canary, will_grow
+from rsmtdf_cache.work import Bench, Executor, InProcess, Tally, Unit
 from rsmtdf_cache.writer import clear_drafts
-
-_EncodeUnit = Callable[[ArraySet, int, list[int]], Iterator[int]]
 
 __all__ = ["BuildReport", "build_store", "calibrator_of", "judge_tiles", "refuse_store_among_tiles"]
 
 
 @dataclass
 class BuildReport:
-    """What a build did. ``planned_*``: what it was to do, by arithmetic and by what ``cache plan`` measured."""
+    """What a build did. ``planned_*``: what it was to do, by arithmetic and by what ``cache plan`` measured.
+
+    ``workers``: what each of them did. ``failures``: workers that were lost or left out, and why, for people.
+    """
 
     store: Path
     tiles: int
@@ -71,6 +71,8 @@ class BuildReport:
     planned_seconds: float | None = None
     snapshot: str = ""
     rates: dict[str, float] = field(default_factory=dict)
+    workers: list[Tally] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -78,6 +80,7 @@ class BuildReport:
             "units_before": self.units_before, "seconds": round(self.seconds, 3), "nbytes_written": self.nbytes_written,
             "snapshot": self.snapshot, "tiles_per_second": {k: round(v, 2) for k, v in self.rates.items()},
             "quarantined": [{"id": q.id, "reason": q.reason} for q in self.quarantined], "arrays": self.arrays,
+            "workers": [t.to_json() for t in self.workers], "failures": self.failures,
             **compared(self.planned_nbytes, self.planned_seconds, self.nbytes_shards, self.seconds),
         }  # fmt: skip
 
@@ -87,14 +90,24 @@ def build_store(
     on_event: EventSink = ignore_events,
     load_teacher: TeacherLoader | None = None,
     measured: Measured | None = None,
+    executor: Executor | None = None,
 ) -> BuildReport:
     """Build, continue or extend the store ``request.out`` and return what was done.
 
     ``load_teacher``: how a name becomes a teacher (default: ``rsmtdf_cache.teachers.load``), for teachers of your own.
     ``measured``: what a plan measured, for the report to compare with (default: the latest plan of the same build).
+    ``executor``: where units are computed (default: in this process); ``rsmtdf_cache.cluster`` has others.
     Raises ``DataError`` (dataset), ``MismatchError`` (the store holds something else), ``ResourceError`` (disk,
     weights), ``UsageError`` (request), ``Interrupted`` (Ctrl-C, SIGTERM): committed units stay in every case.
     """
+    with executor or InProcess() as place:
+        return _build(request, on_event, load_teacher, measured, place)
+
+
+def _build(
+    request: BuildRequest, on_event: EventSink, load_teacher: TeacherLoader | None, measured: Measured | None,
+    executor: Executor,
+) -> BuildReport:  # fmt: skip
     started = time.perf_counter()
     source = open_source(request.data)
     refuse_store_among_tiles(request)
@@ -119,7 +132,7 @@ def build_store(
             clear_drafts(paths)
             manifest = create_manifest(paths, _manifest(source, decide_group_rows(request, paths, specs)))
             try:
-                _run(request, source, records, jobs, pixels, paths, manifest, report, on_event, measured)
+                _run(request, source, records, jobs, pixels, paths, manifest, report, on_event, measured, executor)
             except KeyboardInterrupt:
                 raise Interrupted(
                     f"stopped; {report.units_before + report.units} shard groups of {request.out} are safe, "
@@ -139,7 +152,7 @@ def build_store(
 def _run(
     request: BuildRequest, source: TileSource, records: list[TileRecord], jobs: list[TeacherJob],
     pixels: list[FeatureSpec], paths: StorePaths, manifest: Manifest, report: BuildReport, on_event: EventSink,
-    measured: Measured | None,
+    measured: Measured | None, executor: Executor,
 ) -> None:  # fmt: skip
     ledger = load_whole(paths)
     # Again, under the lock: another builder may have been here since.
@@ -167,7 +180,7 @@ def _run(
     for teacher, sets in planned:
         for arrays in sets:
             if arrays.id not in ledger.sets:
-                profile, fixed = decide_profile(request, teacher), request.micro_batch is not None
+                profile, fixed = decide_profile(request, teacher, executor.threads), request.micro_batch is not None
                 profile = steady_profile(profile, teacher, arrays, fixed, on_event)
                 known = calibrator.run(teacher, arrays, profile)
                 digests = {layer: ledger.add_calibration(c) for layer, c in sorted(known.calibrations.items())}
@@ -182,8 +195,8 @@ def _run(
     report.planned_seconds = ahead.seconds if ahead else None
     try:
         _run_pixels(request, pixel_sets, groups, ledger, manifest, reader, report, on_event)
-        for teacher, sets in planned:
-            _run_teacher(request, teacher, sets, groups, ledger, manifest, reader, report, on_event)
+        bench = _bench(request, source, planned, groups, ledger, manifest, reader)
+        _encode(bench, planned, groups, report, on_event, executor)
     except BaseException:
         with contextlib.suppress(OSError, RsmtdfError):  # so that what is committed can be pulled, where there is room
             write_head(paths, manifest, ledger, final=False)
@@ -196,56 +209,99 @@ def _run_pixels(
     request: BuildRequest, sets: list[ArraySet], groups: list[int], ledger: Ledger, manifest: Manifest,
     reader: TileReader, report: BuildReport, on_event: EventSink,
 ) -> None:  # fmt: skip
-    """Store what is pending of the tiles' pixels: before teachers, which take longer."""
+    """Store what is pending of the tiles' pixels, here and before teachers, which take longer."""
     if not sets:
         return
-    encode: _EncodeUnit = lambda arrays, group, rows: store_unit(  # noqa: E731
-        arrays, group, rows, ledger, manifest.group_rows, reader, request.workers
-    )
-    _run_units(PIXELS, encode, sets, groups, ledger, manifest, report, on_event)
-
-
-def _run_teacher(
-    request: BuildRequest, teacher: Teacher, sets: list[ArraySet], groups: list[int], ledger: Ledger,
-    manifest: Manifest, reader: TileReader, report: BuildReport, on_event: EventSink,
-) -> None:  # fmt: skip
-    def encode(arrays: ArraySet, group: int, rows: list[int]) -> Iterator[int]:
-        profile = settle_profile(request, teacher, ledger.sets[arrays.id].profile)
-        torch.set_num_threads(profile.threads)
-        return encode_unit(
-            teacher, arrays, group, rows, profile, ledger, manifest.group_rows, reader, request.workers
-        )  # fmt: skip
-
-    threads = torch.get_num_threads()
-    try:
-        _run_units(teacher.spec.name, encode, sets, groups, ledger, manifest, report, on_event)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run_units(
-    name: str, encode: _EncodeUnit, sets: list[ArraySet], groups: list[int], ledger: Ledger, manifest: Manifest,
-    report: BuildReport, on_event: EventSink,
-) -> None:  # fmt: skip
-    """Commit what is pending of ``sets`` in ``groups``, a unit at a time."""
     sizes = {g: len(rows_of_group(ledger.table, g, manifest.group_rows)) for g in groups}
     pending = [(g, a) for g in groups for a in sets if g not in ledger.commits[a.id]]
-    total = sum(sizes.values()) * len(sets)
-    left = sum(sizes[g] for g, _ in pending)
+    total, left = sum(sizes.values()) * len(sets), sum(sizes[g] for g, _ in pending)
     report.units_before += len(groups) * len(sets) - len(pending)
-    on_event(ProgressStart(name, name, total, total - left))
+    on_event(ProgressStart(PIXELS, PIXELS, total, total - left))
     started = time.perf_counter()
     for group, arrays in pending:
-        for nbytes in encode(arrays, group, rows_of_group(ledger.table, group, manifest.group_rows)):
-            on_event(Progress(name, 1, nbytes))
+        rows = rows_of_group(ledger.table, group, manifest.group_rows)
+        for nbytes in store_unit(arrays, group, rows, ledger, manifest.group_rows, reader, request.decoders):
+            on_event(Progress(PIXELS, 1, nbytes))
             report.nbytes_written += nbytes
         report.units += 1
         report.nbytes_shards += sum(s.nbytes for s in ledger.commits[arrays.id][group].shards)
         if report.units % TAIL_MAX == 0:
             ledger.compact()
-    on_event(ProgressEnd(name))
+    on_event(ProgressEnd(PIXELS))
     if left:
-        report.rates[name] = left / (time.perf_counter() - started)
+        report.rates[PIXELS] = left / (time.perf_counter() - started)
+
+
+def _bench(
+    request: BuildRequest, source: TileSource, planned: Sequence[tuple[Teacher, list[ArraySet]]], groups: list[int],
+    ledger: Ledger, manifest: Manifest, reader: TileReader,
+) -> Bench:  # fmt: skip
+    """Return what computing the pending units takes. Raises ``MismatchError`` for numerics that are not the store's."""
+    pending = {a.id: (t, a) for t, sets in planned for a in sets if not set(groups) <= ledger.commits[a.id].keys()}
+    profiles = {n: settle_profile(request, t, ledger.sets[n].profile) for n, (t, _) in pending.items()}
+    teachers = {n: t for n, (t, _) in pending.items()}
+    asked = {a.id: who for who, (_, sets) in zip(request.teachers, planned, strict=True) for a in sets}
+    return Bench(request, source, ledger, manifest.group_rows, asked, teachers, profiles, reader)
+
+
+def _encode(
+    bench: Bench, planned: Sequence[tuple[Teacher, list[ArraySet]]], groups: list[int], report: BuildReport,
+    on_event: EventSink, executor: Executor,
+) -> None:  # fmt: skip
+    """Have every pending unit computed, teacher by teacher, wherever ``executor`` does that."""
+    ledger, shares = bench.ledger, _shares(bench, planned, groups, report)
+    share_of = {set_id: share for share in shares for set_id in share.set_ids}
+
+    def units() -> Iterator[Unit]:
+        for share in shares:
+            on_event(ProgressStart(share.name, share.name, share.total, share.total - share.tiles))
+            share.started = time.perf_counter()
+            if not share.pending:
+                on_event(ProgressEnd(share.name))
+            yield from share.pending
+
+    def on_tiles(unit: Unit, tiles: int, nbytes: int) -> None:
+        on_event(Progress(share_of[unit.set_id].name, tiles, nbytes))
+        report.nbytes_written += nbytes
+
+    report.workers, report.failures = executor.tallies, executor.failures
+    with contextlib.closing(executor.run(bench, units(), on_tiles, on_event)) as found:
+        for done in found:
+            commit, share = ledger.adopt(done.commit), share_of[done.unit.set_id]
+            report.units += 1
+            report.nbytes_shards += sum(s.nbytes for s in commit.shards)
+            if report.units % TAIL_MAX == 0:
+                ledger.compact()
+            share.left -= 1
+            if not share.left:
+                on_event(ProgressEnd(share.name))
+                report.rates[share.name] = share.tiles / (time.perf_counter() - share.started)
+
+
+@dataclass
+class _Share:
+    """One teacher's part of the pending units. ``total`` and ``tiles``: of all its units, and of the pending ones."""
+
+    name: str
+    set_ids: list[str]
+    pending: list[Unit]
+    total: int
+    started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.left, self.tiles = len(self.pending), sum(u.tiles for u in self.pending)
+
+
+def _shares(
+    bench: Bench, planned: Sequence[tuple[Teacher, list[ArraySet]]], groups: list[int], report: BuildReport
+) -> list[_Share]:
+    sizes = {g: len(rows_of_group(bench.ledger.table, g, bench.group_rows)) for g in groups}
+    shares = []
+    for teacher, sets in planned:
+        pending = [Unit(a.id, g, sizes[g]) for g in groups for a in sets if g not in bench.ledger.commits[a.id]]
+        report.units_before += len(groups) * len(sets) - len(pending)
+        shares.append(_Share(teacher.spec.name, [a.id for a in sets], pending, sum(sizes.values()) * len(sets)))
+    return shares
 
 
 def calibrator_of(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -103,9 +104,12 @@ def encode_shown(
 
 def encode_unit(
     teacher: Teacher, arrays: ArraySet, group: int, rows: Sequence[int], profile: NumericsProfile,
-    ledger: Ledger, group_rows: int, reader: TileReader, workers: int = 4,
-) -> Iterator[int]:  # fmt: skip
-    """Encode and commit one unit; yield the bytes of each tile as it is written. ``workers``: tiles decoded at once.
+    ledger: Ledger, group_rows: int, reader: TileReader, decoders: int = 4, folder: Path | None = None,
+) -> Generator[int, None, None]:  # fmt: skip
+    """Encode and commit one unit; yield the bytes of each tile as it is written.
+
+    ``decoders``: tiles decoded at once. ``folder``: what permits it where another process holds the build lock
+    (``writer.grant``); once it is gone this ends with ``ResourceError`` at the next tile.
 
     Micro-batches are the same however often the unit is begun, and the last one is padded by repeating its last tile,
     so a tile's bits do not depend on when or with how many others the build ran (decision 3). The next batch is
@@ -117,9 +121,9 @@ def encode_unit(
     size = 1 if view.windows is not None else profile.micro_batch
     batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
     with (
-        ThreadPoolExecutor(workers, "decode") as readers,
+        ThreadPoolExecutor(decoders, "decode") as readers,
         ThreadPoolExecutor(1, "write") as behind,
-        UnitWriter(ledger, arrays, group, group_rows, profile) as writer,
+        UnitWriter(ledger, arrays, group, group_rows, profile, folder) as writer,
     ):
 
         def show(row: int) -> NDArray[np.uint8]:

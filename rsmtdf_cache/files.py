@@ -131,13 +131,17 @@ def no_step(step: int) -> None:
     """Do nothing after a step of a commit: what tests replace."""
 
 
-def publish_json(path: Path, value: Mapping[str, Any], tmp: Path, after_step: Callable[[int], None] = no_step) -> bool:
+def publish_json(
+    path: Path, value: Mapping[str, Any], tmp: Path, after_step: Callable[[int], None] = no_step, licence: bool = False
+) -> bool:
     """Publish ``value`` with its own checksum at ``path`` unless something is there; return whether this did it.
 
     ``after_step`` is called with 5 (draft durable), 6 (linked) and 7 (name durable), the steps of a commit.
+    ``licence``: the folder ``tmp`` permits this and is not made here; raises ``FileNotFoundError`` when it is gone.
     """
     make_folders(path.parent)
-    make_folders(tmp)
+    if not licence:
+        make_folders(tmp)
     draft = tmp / f"{path.name}.{uuid.uuid4().hex}"
     _write_durably(draft, _with_checksum(value))
     try:

@@ -268,16 +268,31 @@ class Ledger:
         self.commits.setdefault(arrays.id, {})
         return record
 
-    def add_commit(self, commit: Commit, after_step: Callable[[int], None] = no_step) -> Commit:
-        """Publish ``commit``; when another builder was first, adopt and return its record (decision 6)."""
+    def add_commit(
+        self, commit: Commit, after_step: Callable[[int], None] = no_step, drafts: Path | None = None
+    ) -> Commit:
+        """Publish ``commit``; when another builder was first, adopt and return its record (decision 6).
+
+        ``drafts``: the folder that permits it (``writer.UnitWriter``); raises ``FileNotFoundError`` when it is gone.
+        """
         path = self.paths.commit(commit.set_id, commit.group, commit.generation)
-        if not publish_json(path, commit.to_json(), self.paths.tmp, after_step):
+        body, folder = commit.to_json(), drafts or self.paths.tmp
+        if not publish_json(path, body, folder, after_step, licence=drafts is not None):
             commit = read_commit(path)
+        return self.adopt(commit)
+
+    def adopt(self, commit: Commit) -> Commit:
+        """Know a commit that is published, by whomever; return it."""
         known = self.generations.setdefault((commit.set_id, commit.group), {})
         known[commit.generation] = commit
         self._totals.clear()
         self.commits[commit.set_id][commit.group] = known[max(known)]
         return commit
+
+    def forget(self, commit: Commit) -> None:
+        """Know a published commit no more: a worker need not hold what the client does."""
+        self.generations.pop((commit.set_id, commit.group), None)
+        self.commits[commit.set_id].pop(commit.group, None)
 
     def drop(self, arrays: Iterable[tuple[str, str]]) -> None:
         """Let the arrays (set, layer) count no more. The caller holds the build lock."""
@@ -294,7 +309,10 @@ class Ledger:
         if len(tail) <= tail_max and len(files) <= SEGMENTS_MAX:
             return
         old = files if len(files) > SEGMENTS_MAX else []
-        moved = {(c.set_id, c.group, c.generation) for path in tail for c in [read_commit(path)]}
+        found = {path: read_commit(path) for path in tail}
+        # A worker's commit that nobody told us of stays a record: the unit is found by it if it is asked for again.
+        told = {p: c for p, c in found.items() if c.generation in self.generations.get((c.set_id, c.group), {})}
+        tail, moved = list(told), {(c.set_id, c.group, c.generation) for c in told.values()}
         moved |= {(c.set_id, c.group, c.generation) for path in old for c in read_segment_commits(path)}
         commits = [self.generations[name, group][generation] for name, group, generation in sorted(moved)]
         known = {k: v for path in old for k, v in read_segment_stats(path)}  # of these alone, not of all segments

@@ -31,6 +31,7 @@ __all__ = [
     "check_space",
     "decide_group_rows",
     "decide_profile",
+    "load_asked",
     "pending_nbytes",
     "plan_teacher",
     "planned_array",
@@ -56,17 +57,22 @@ class TeacherJob:
     specs: list[FeatureSpec]
 
 
-def plan_teacher(
-    asked: TeacherAsked, request: BuildRequest, tile_px: int, load: TeacherLoader | None = None
-) -> TeacherJob:
-    """Load a teacher and decide its arrays: layers by views, whole tiles first, then fixed views."""
+def load_asked(asked: TeacherAsked, request: BuildRequest, load: TeacherLoader | None = None) -> Teacher:
+    """Load a teacher as the request says, on its device."""
     if load is None:
         from rsmtdf_cache.teachers import load as load_by_name
 
         load = load_by_name
     weights: str | Path | None = "none" if asked.pretrained == "none" else asked.weights
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = load(TeacherRequest(asked.name, weights, asked.seed, asked.layers, asked.positions), device=device)
+    return load(TeacherRequest(asked.name, weights, asked.seed, asked.layers, asked.positions), device=device)
+
+
+def plan_teacher(
+    asked: TeacherAsked, request: BuildRequest, tile_px: int, load: TeacherLoader | None = None
+) -> TeacherJob:
+    """Load a teacher and decide its arrays: layers by views, whole tiles first, then fixed views."""
+    teacher = load_asked(asked, request, load)
     layers = asked.layers or teacher.default_layers
     if len(set(layers)) != len(layers):
         raise UsageError(f"{asked.name}: a layer stands twice in {', '.join(layers)}")
@@ -237,14 +243,14 @@ def rows_of_group(table: TileTable, group: int, group_rows: int) -> list[int]:
     return table.rows_between(group * group_rows, (group + 1) * group_rows)
 
 
-def decide_profile(request: BuildRequest, teacher: Teacher) -> NumericsProfile:
-    """Return the numerics of a new array set on this machine."""
+def decide_profile(request: BuildRequest, teacher: Teacher, threads: int | None = None) -> NumericsProfile:
+    """Return the numerics of a new array set on this machine. ``threads``: of a forward pass if none are asked for."""
     cuda = teacher.device.type == "cuda"
     return NumericsProfile(
         device=torch.cuda.get_device_name(teacher.device) if cuda else teacher.device.type,
         precision=request.precision or ("bfloat16" if cuda else "float32"),
         torch=torch.__version__,
-        threads=request.threads or torch.get_num_threads(),
+        threads=request.threads or threads or torch.get_num_threads(),
         micro_batch=request.micro_batch or (32 if cuda else 8),
     )
 

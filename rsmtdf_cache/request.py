@@ -65,7 +65,7 @@ class BuildRequest(_Asked):
     precision: Literal["float32", "bfloat16", "float16"] | None = None
     micro_batch: int | None = Field(default=None, gt=0)
     threads: int | None = Field(default=None, gt=0)
-    workers: int = Field(default=4, gt=0, le=1024, description="tiles decoded at once; changes no byte")
+    decoders: int = Field(default=4, gt=0, le=1024, description="tiles decoded at once; changes no byte")
     strict: bool = False
     allow_mixed: bool = False
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.allocate import Allocator, page_empty
-from rsmtdf_cache.codecs import Codec, Codes, codec_name
+from rsmtdf_cache.codecs import Codec, Codes
 from rsmtdf_cache.content import Content
 from rsmtdf_cache.errors import FindingsError, UsageError, did_you_mean
 from rsmtdf_cache.files import read_json
-from rsmtdf_cache.head import find_snapshot, load_whole, recorded_snapshot
+from rsmtdf_cache.head import find_snapshot, load_whole
 from rsmtdf_cache.layout import StorePaths, contradiction, parts_of, shard_layout
 from rsmtdf_cache.ledger import Commit, Ledger
 from rsmtdf_cache.manifest import load_manifest
@@ -349,48 +349,25 @@ class FeatureStore:
 
         return read_crops(self, key, rows, boxes, grid, orientation, approximate)
 
-    def to_xarray(self) -> xarray.DataTree:
-        """Return the store as an ``xarray.DataTree`` of lazily read, labelled arrays."""
+    def to_xarray(self, chunks: Literal["shard"] | None = None) -> xarray.DataTree:
+        """Return the store as an ``xarray.DataTree`` of lazily read, labelled arrays.
+
+        ``chunks="shard"``: features and scales as dask arrays, one chunk a shard, so that a task reads one file.
+        """
         if self._mirror is not None:
             raise UsageError(
                 f"{self.shown}: a remote store is read shard by shard; bring it here with `rsmtdf cache pull` to open "
                 "it with xarray"
             )
-        import xarray
+        from rsmtdf_cache.xarray_view import open_tree
 
-        return xarray.open_datatree(self.paths.zarr, engine="zarr")
+        return open_tree(self.paths.zarr, self.manifest.group_rows if chunks == "shard" else None)
 
     def describe(self) -> dict[str, Any]:
-        """Return what ``cache info`` shows, as JSON data."""
-        arrays, pixels = self._described(self.keys()), self._described(self.pixel_keys())
-        teachers = {key.teacher: self._specs[key].teacher for key in self.keys()}
-        return {
-            "path": self.shown, "format_version": self.manifest.version, "dataset": self.manifest.dataset,
-            "attribution": self.manifest.attribution, "tile_px": self.tile_px, "group_rows": self.manifest.group_rows,
-            "tiles": sum(self.tiles.splits.values()), "quarantined": self.quarantined, "splits": self.tiles.splits,
-            "snapshot": recorded_snapshot(self.paths, self.ledger),
-            "nbytes": sum(a["nbytes"] for a in arrays + pixels),
-            "teachers": [t.to_json() for _, t in sorted(teachers.items())],
-            "profiles": [dict(p) for p in sorted({tuple(sorted(self._profile(k).items())) for k in self.keys()})],
-            "arrays": arrays, "pixels": pixels,
-        }  # fmt: skip
+        """Return what ``cache info`` shows, as JSON data: ``describe.describe_store``."""
+        from rsmtdf_cache.describe import describe_store
 
-    def _described(self, keys: Sequence[FeatureKey]) -> list[dict[str, Any]]:
-        arrays = []
-        for key in keys:
-            spec, shards = self._specs[key], self.ledger.all_shards(key)
-            record = self.ledger.sets[self.ledger.set_of(key)]
-            quality = record.quality.get(key.layer)
-            arrays.append({
-                "key": str(key), "digest": spec.digest(), "grid": list(spec.grid), "channels": spec.layer.channels,
-                "stride_tile_px": spec.stride_tile_px, "offset_tile_px": spec.offset_tile_px,
-                "view": spec.view.to_json(),
-                "codec": codec_name(spec.encoding), "tiles": int(self.committed(key).sum()),
-                "shards": len(shards), "nbytes": sum(s.nbytes for s in shards),
-                "calibration": record.calibrations.get(key.layer, ""),
-                "quality": quality.to_json() if quality is not None else None,
-            })  # fmt: skip
-        return arrays
+        return describe_store(self)
 
     def _rows(self, key: FeatureKey, rows: Sequence[int]) -> list[int]:
         """Return ``rows`` as numbers that do not overflow. Raises ``UsageError`` for one that the store lacks."""
@@ -401,9 +378,6 @@ class FeatureStore:
             if not isinstance(row, (int, np.integer)) or not 0 <= row < count:
                 raise UsageError(f"{key}: there is no row {row!r}, the store has {count} (tiles.row_of gives rows)")
         return [int(row) for row in rows]
-
-    def _profile(self, key: FeatureKey) -> dict[str, Any]:
-        return self.ledger.sets[self.ledger.set_of(key)].profile.to_json()
 
     def _commits(self, key: FeatureKey) -> dict[int, Commit]:
         return self.ledger.commits[self.ledger.set_of(key)]

@@ -6,6 +6,7 @@ The numbered steps are those of ``FORMAT.md``; tests kill the process after each
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -18,28 +19,50 @@ from numpy.typing import NDArray
 
 from rsmtdf_cache.array_writer import ArrayWriter
 from rsmtdf_cache.codecs import Codes
-from rsmtdf_cache.errors import MismatchError
+from rsmtdf_cache.errors import MismatchError, ResourceError
 from rsmtdf_cache.files import fsync_folder, link_file, make_folders, no_step, rename_file, sha256_file
 from rsmtdf_cache.layout import ArraySet, StorePaths
 from rsmtdf_cache.ledger import Commit, Ledger
 from rsmtdf_cache.specs import NumericsProfile
 
-__all__ = ["UnitWriter", "clear_drafts"]
+__all__ = ["UnitWriter", "clear_drafts", "grant", "revoke"]
 
 
 #: Called after each numbered step of a commit. Tests replace it to stop the process right there.
 after_step: Callable[[int], None] = no_step
 
 
+def grant(paths: StorePaths, set_id: str, group: int) -> Path:
+    """Make and return the folder that permits one attempt at a unit. Only the holder of the build lock may call this.
+
+    The attempt's drafts lie in it, the record's too, so nothing can be published once it is gone (``revoke``).
+    """
+    folder = paths.tmp / f"{set_id}-{group}.{uuid.uuid4().hex}"
+    make_folders(folder)
+    return folder
+
+
+def revoke(folder: Path) -> None:
+    """Take the permission of ``grant`` back, in one step, whatever the attempt is doing; then remove its drafts.
+
+    Nothing is published from the folder afterwards; what was published before stays.
+    """
+    away = folder.with_name(f".{folder.name}.gone")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(away)
+    shutil.rmtree(away, ignore_errors=True)
+
+
 def clear_drafts(paths: StorePaths, transfers: bool = False) -> None:
     """Remove what killed builders left. Only the holder of the build lock may call this.
 
+    It takes all permissions back: what a worker of an earlier build still does is not published any more.
     ``transfers``: also what a stopped pull brought of shards, and would continue.
     """
     for draft in paths.tmp.glob("*"):
         if draft.name == "pull" and not transfers:
             continue
-        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
+        revoke(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         paths.tmp.rmdir()
     for folder in (paths.ledger, paths.ledger / "tiles", paths.segments):
@@ -48,14 +71,22 @@ def clear_drafts(paths: StorePaths, transfers: bool = False) -> None:
 
 
 class UnitWriter:
-    """Collects the maps of one unit and commits them. Leaving the block without ``commit()`` leaves no trace."""
+    """Collects the maps of one unit and commits them. Leaving the block without ``commit()`` leaves no trace.
 
-    def __init__(self, ledger: Ledger, arrays: ArraySet, group: int, group_rows: int, profile: NumericsProfile) -> None:
+    ``folder``: what permits this attempt (``grant``), None where the caller holds the build lock. Once it is gone,
+    everything here raises ``ResourceError``.
+    """
+
+    def __init__(
+        self, ledger: Ledger, arrays: ArraySet, group: int, group_rows: int, profile: NumericsProfile,
+        folder: Path | None = None,
+    ) -> None:  # fmt: skip
         self._ledger, self._arrays, self._group, self._profile = ledger, arrays, group, profile
         self._first_row = group * group_rows
-        self._folder = ledger.paths.tmp / f"{arrays.id}-{group}.{uuid.uuid4().hex}"
+        self._folder = folder or grant(ledger.paths, arrays.id, group)
         self._committed = False
-        make_folders(self._folder)
+        if not self._folder.is_dir():
+            raise _taken_over(self._folder)
         live = [s for s in arrays.specs if (arrays.id, s.layer.name) not in ledger.dropped]
         self._arrays_of = {s.layer.name: ArrayWriter(self._folder, s, ledger.codec(s), group_rows) for s in live}
 
@@ -77,6 +108,16 @@ class UnitWriter:
 
     def commit(self, stop: int) -> Commit:
         """Make the unit durable and known: rows up to ``stop``. Returns the record that counts."""
+        try:
+            commit = self._commit(stop)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE) and not self._folder.is_dir():
+                raise _taken_over(self._folder) from None
+            raise
+        self._committed = True
+        return commit
+
+    def _commit(self, stop: int) -> Commit:
         after_step(1)
         for writer in self._arrays_of.values():
             writer.close()
@@ -91,9 +132,7 @@ class UnitWriter:
         after_step(4)
         shards = tuple(record for _, w in sorted(self._arrays_of.items()) for record in w.records(paths, self._group))
         commit = Commit(self._arrays.id, self._group, self._first_row, stop, self._profile, shards)
-        commit = self._ledger.add_commit(commit, after_step)
-        self._committed = True
-        return commit
+        return self._ledger.add_commit(commit, after_step, self._folder)
 
     def _publish(self, draft: Path, place: Path) -> None:
         make_folders(place.parent)
@@ -122,3 +161,10 @@ class UnitWriter:
         shutil.rmtree(self._folder, ignore_errors=True)
         if kind is None and self._committed:
             after_step(8)
+
+
+def _taken_over(folder: Path) -> ResourceError:
+    return ResourceError(
+        f"{folder}: gone, so this attempt at the unit may not be committed any more: another command writes to the "
+        "store, or the build gave the unit to another worker. Nothing of it was published; run the build again"
+    )

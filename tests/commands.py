@@ -15,22 +15,21 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-__all__ = ["Command", "start", "start_ranks", "torchrun"]
+__all__ = ["CONTEXT", "Command", "PRELOAD", "start", "start_ranks", "torchrun"]
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "rsmtdf_cli.app",
-        "rsmtdf_cli.train",
-        "rsmtdf_train.loop",
-        "rsmtdf_train.targets.modes",
-        "rsmtdf_train.probe",
-        "rsmtdf_train.run_store",
-        "rsmtdf_train.students.timm_encoder",
-        "torch.distributed.launcher.api",
-        "torchmetrics.functional.classification",
-    ]
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = (
+    "rsmtdf_cli.app",
+    "rsmtdf_cli.train",
+    "rsmtdf_train.loop",
+    "rsmtdf_train.targets.modes",
+    "rsmtdf_train.probe",
+    "rsmtdf_train.run_store",
+    "rsmtdf_train.students.timm_encoder",
+    "torch.distributed.launcher.api",
+    "torchmetrics.functional.classification",
 )
+CONTEXT.set_forkserver_preload(list(PRELOAD))
 
 _PATIENCE_S = 240.0
 
@@ -65,7 +64,7 @@ def start(words: Sequence[object], folder: Path, name: str, environment: Mapping
     """Start ``rsmtdf WORDS`` with one torch thread; its streams go to ``folder/NAME.out`` and ``.err``."""
     whole = {"RSMTDF_HOME": os.environ["RSMTDF_HOME"], **environment}
     streams = folder / f"{name}.out", folder / f"{name}.err"
-    process = _CONTEXT.Process(target=_run, args=([str(w) for w in words], streams, whole))
+    process = CONTEXT.Process(target=_run, args=([str(w) for w in words], streams, whole))
     process.start()
     return Command(process, *streams)
 

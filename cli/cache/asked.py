@@ -58,7 +58,7 @@ def build_request(
     precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 arithmetic.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Tiles per forward pass.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a forward pass.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Tiles decoded at once (default 4); changes no byte.")] = None,
+    decoders: Annotated[int | None, typer.Option(help="Tiles decoded at once (default 4); changes no byte.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop when a tile cannot be used.")] = False,
     allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Continue with other numerics.")] = False,
     *,
@@ -79,7 +79,7 @@ def build_request(
         "scales": _numbers(scales) if scales is not None else None, "fixed_views": fixed_views,
         "view_seed": seed, "window_px": window, "overlap": overlap, "codec": codec,
         "compressor": compressor, "calibration": calibration, "group_rows": group_rows, "device": device,
-        "precision": precision, "micro_batch": micro_batch, "threads": threads, "workers": workers,
+        "precision": precision, "micro_batch": micro_batch, "threads": threads, "decoders": decoders,
     }  # fmt: skip
     values |= {name: value for name, value in given.items() if value is not None}
     if isinstance(values.get("out"), str):  # of --config

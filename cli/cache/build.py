@@ -30,11 +30,23 @@ def build(
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="With --dry-run: measure times, or sizes alone.")
     ] = True,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes of this machine to encode in (default: this process alone).")
+    ] = None,
+    gpus: Annotated[str | None, typer.Option(help="all, or ids as 0,1: a process for each GPU.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="tcp://HOST:PORT or tls://…: a running dask.distributed cluster.")
+    ] = None,
+    patience: Annotated[float, typer.Option(help="Seconds without a sign after which a worker is given up.")] = 1800.0,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="With --workers or --gpus: dask's page on 127.0.0.1:8787.")
+    ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Run frozen teachers over every tile of DATA and store their features; a stopped build continues."""
     from rsmtdf_cache.build import build_store
+    from rsmtdf_cache.cluster import ClusterAsked, executor_of
     from rsmtdf_cache.errors import UsageError
     from rsmtdf_cache.forecast import read_measured
 
@@ -46,8 +58,9 @@ def build(
     measured = read_measured(_read_plan(plan), f"--plan {plan}") if plan else None
     if plan and measured is None:
         raise UsageError(f"--plan {plan}: made with --no-measure, there is no time to compare with; leave it out")
+    executor = executor_of(ClusterAsked(workers, gpus, scheduler, dashboard, patience), request.device)
     with progress(quiet) as on_event:
-        report = build_store(request, on_event, measured=measured)
+        report = build_store(request, on_event, measured=measured, executor=executor)
     if json:
         emit_json(report.to_json())
     elif not quiet:
@@ -85,5 +98,9 @@ def _show_report(report: BuildReport) -> None:
             f"{report.nbytes_shards / report.planned_nbytes:.3g} of the bytes and "
             f"{report.seconds / report.planned_seconds:.2f} of the time"
         )
+    if len(report.workers) > 1:
+        shown = [f"{plain(t.name)} {t.units} units at {t.rate:.3g} tiles/s" for t in report.workers[:8]]
+        more = " …" if len(report.workers) > 8 else ""
+        console().print(f"{len(report.workers)} workers: {', '.join(shown)}{more}")
     if report.quarantined:
         console().print(f"{len(report.quarantined)} tiles left out, see ledger/quarantine.json")

@@ -43,6 +43,7 @@ from rsmtdf_cache.share.select import CopyPlan, Selection, Unit, plan_copy
 from rsmtdf_cache.share.staged import Staged, local_records, stage_records
 from rsmtdf_cache.share.transport import Transport, connect
 from rsmtdf_cache.specs import digest_of
+from rsmtdf_cache.writer import clear_drafts
 
 __all__ = ["CopyReport", "copy_local", "copy_store", "find_damaged", "pull_store"]
 
@@ -135,6 +136,7 @@ def copy_store(
         make_folders(target)
         on_wait = lambda: on_event(Warned(f"another process writes to {target}; waiting for it to end"))  # noqa: E731
         with build_lock(paths.lock, on_wait):
+            clear_drafts(paths)
             drafts = _drafts(paths)
             try:
                 staged, plan = planned(drafts / f"records-{transport.address.digest}")

@@ -8,7 +8,7 @@ shards. A kill between any two of these leaves files that nothing names; the nex
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,7 +29,7 @@ from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.segment import read_segment_commits, write_segment
 from rsmtdf_cache.specs import FeatureKey
-from rsmtdf_cache.upkeep.gc_plan import DRAFT, GcPlan, PinHold, plan_of
+from rsmtdf_cache.upkeep.gc_plan import DRAFT, Doomed, GcPlan, PinHold, plan_of
 from rsmtdf_cache.upkeep.pins import doomed_record, list_pins
 from rsmtdf_cache.writer import clear_drafts
 
@@ -97,8 +97,10 @@ def collect(root: Path | str, on_event: EventSink = ignore_events) -> GcPlan:
     paths = StorePaths(Path(root))
     manifest = load_manifest(paths)
     with disk_errors(paths.root), build_lock(paths.lock, _waiting(paths, on_event)):
+        drafts = {f.path: f for f in plan_of(paths, load_whole(paths), alone=True).files if f.reason == DRAFT}
+        clear_drafts(paths, transfers=True)  # from here on no worker that an earlier build forgot publishes anything
         ledger = load_whole(paths)
-        plan = _announce(paths, ledger)
+        plan = _announce(paths, ledger, drafts)
         shards = [paths.root / f.path for f in plan.files if f.path.startswith("zarr/")]
         records = [paths.root / f.path for f in plan.files if not f.path.startswith(("zarr/", "tmp/"))]
         on_event(ProgressStart("gc", "collecting", len(shards) + len(records), unit="files"))
@@ -120,11 +122,9 @@ def collect(root: Path | str, on_event: EventSink = ignore_events) -> GcPlan:
     return plan
 
 
-def _announce(paths: StorePaths, ledger: Ledger) -> GcPlan:
+def _announce(paths: StorePaths, ledger: Ledger, drafts: Mapping[str, Doomed]) -> GcPlan:
     """Return the plan, after everybody who pins from now on can read what it deletes (see ``pins.pin_snapshot``)."""
     plan = plan_of(paths, ledger, alone=True)
-    drafts = {f.path: f for f in plan.files if f.reason == DRAFT}
-    clear_drafts(paths, transfers=True)
     while True:
         announced = {f.path for f in plan.files}
         replace_json(doomed_record(paths), {"files": sorted(announced)})

@@ -119,7 +119,7 @@ def test_order_row_groups_appends_workers_and_resume_point_change_no_stored_byte
     order: list[int], group_rows: int, first: int, stop_after: int, threads: int, micro_batch: int | None, workers: int,
     pictures: Path, reference: dict[tuple[int, int | None], Maps],
 ) -> None:  # fmt: skip
-    numerics = {"threads": threads, "micro_batch": micro_batch, "group_rows": group_rows, "workers": workers}
+    numerics = {"threads": threads, "micro_batch": micro_batch, "group_rows": group_rows, "decoders": workers}
     with tempfile.TemporaryDirectory() as folder:
         data, out = ordered(pictures, Path(folder) / "data", order), Path(folder) / "s"
         ids = [f"t{place:03}" for place in range(TILES)]

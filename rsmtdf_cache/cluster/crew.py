@@ -1,0 +1,322 @@
+"""Who works, on what, and what happens when a worker fails: the client's side of a build on a cluster.
+
+Units are pinned to workers by this class, two for each, so that the scheduler never holds more than those, and a unit
+is given to another worker only after the first one's permission was taken back (``writer.revoke``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+import uuid
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rsmtdf_cache.cluster.worker import NotAdmittedError, admit, compute_unit, leave, topic
+from rsmtdf_cache.errors import MismatchError, ResourceError, RsmtdfError
+from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned
+from rsmtdf_cache.layout import StorePaths
+from rsmtdf_cache.records import Commit
+from rsmtdf_cache.work import OnTiles, Tally, Unit, UnitDone
+from rsmtdf_cache.writer import grant, revoke
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+__all__ = ["Crew"]
+
+#: Units in flight for each worker: one that it computes, one that waits there.
+IN_FLIGHT = 2
+#: A unit that was lost with so many workers is their death, not their misfortune.
+LOSSES_MAX = 4
+#: A worker that loads weights gives no signs, so it has at least so long, however short the patience.
+_SET_UP_S = 300.0
+_LOOK_S = 0.5
+_FETCH_S = 30.0
+
+
+@dataclass
+class _Member:
+    """A worker. ``coming``: it sets up its bench; ``out``: it gets no (more) units of this build."""
+
+    address: str
+    tally: Tally
+    state: Literal["coming", "ready", "out"] = "coming"
+    last_sign: float = field(default_factory=time.monotonic)
+    attempts: list[_Attempt] = field(default_factory=list)
+
+
+@dataclass
+class _Attempt:
+    """A unit given to a worker. ``folder``: its permission; ``told``: tiles and bytes that were reported of it."""
+
+    unit: Unit
+    member: _Member
+    folder: Path
+    future: Future[dict[str, Any]]
+    begun: bool = False
+    told: tuple[int, int] = (0, 0)
+
+
+class Crew:
+    """The workers of a scheduler while they compute the units of one build."""
+
+    def __init__(
+        self, client: Client, paths: StorePaths, token: str, site: dict[str, Any], patience_s: float, expected: int,
+        on_tiles: OnTiles, on_event: EventSink, tallies: list[Tally], failures: list[str],
+    ) -> None:  # fmt: skip
+        self._client, self._paths, self._token, self._site = client, paths, token, site
+        self._patience_s, self._on_tiles, self._on_event = patience_s, on_tiles, on_event
+        self._tallies, self._failures = tallies, failures
+        self._members: dict[str, _Member] = {}
+        self._attempts: dict[str, _Attempt] = {}  # by the name of the folder
+        self._coming: dict[str, Future[Any]] = {}
+        self._back: deque[Unit] = deque()  # units that were lost
+        self._losses: dict[Unit, int] = {}
+        self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._looked, self._alone_since = 0.0, time.monotonic()
+        self._last_fault: RsmtdfError | None = None
+        self._arriving = True
+        on_event(ProgressStart("workers", "setting up workers", expected, unit="workers"))
+
+    def run(self, units: Iterator[Unit]) -> Generator[UnitDone, None, None]:
+        """Have ``units`` computed and yield each as it is committed. Raises what the build ends with."""
+        from distributed import fire_and_forget
+
+        self._client.subscribe_topic(topic(self._token), lambda event: self._news.put(("sign", event[1])))
+        try:
+            yield from self._loop(units)
+        finally:
+            for attempt in list(self._attempts.values()):
+                self._take_back(attempt)
+            with contextlib.suppress(Exception):  # a scheduler that is gone; workers that are
+                self._client.unsubscribe_topic(topic(self._token))
+                for member in self._members.values():
+                    if member.state != "out":
+                        fire_and_forget(self._pinned(leave, member.address, f"leave-{uuid.uuid4().hex}", self._token))
+
+    def _loop(self, units: Iterator[Unit]) -> Generator[UnitDone, None, None]:
+        while True:
+            self._look()
+            more = self._hand_out(units)
+            if not more and not self._attempts:
+                return
+            with contextlib.suppress(queue.Empty):
+                kind, what = self._news.get(timeout=0.1)
+                if kind == "sign":
+                    self._sign(what)
+                elif kind == "admitted":
+                    self._admitted(what)
+                elif (done := self._ended(what)) is not None:
+                    yield done
+
+    # -- workers come and go
+
+    def _look(self) -> None:
+        """See who is there: admit new ones, give up those that went or show no sign. A moment for Ctrl-C too."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return
+        self._on_event(Progress("workers", 0))
+        here = self._here()
+        self._looked = now
+        for address in here - self._members.keys():
+            self._welcome(address)
+        for address in self._members.keys() - here:
+            self._gone(self._members.pop(address), "was lost")
+        for member in self._members.values():
+            silent = now - member.last_sign
+            if member.state == "coming" and silent > max(self._patience_s, _SET_UP_S):
+                self._out(member, f"was not set up after {silent:.0f} s")
+            elif member.state == "ready" and member.attempts and silent > self._patience_s:
+                self._out(member, f"gave no sign for {self._patience_s:g} s")
+        if self._members:
+            self._alone_since = now
+        elif now - self._alone_since > self._patience_s:
+            raise ResourceError(
+                f"the scheduler has had no worker for {self._patience_s:g} s; start some, run the same command again"
+            )
+        if self._members and all(m.state == "out" for m in self._members.values()):
+            raise self._nobody_left()
+
+    def _here(self) -> set[str]:
+        lost = ResourceError(
+            "the connection to the scheduler was lost; what is committed stays, the same command continues"
+        )
+        if self._client.status != "running" or self._client.scheduler is None:
+            raise lost
+        try:
+            return set(self._client.sync(self._client.scheduler.ncores, callback_timeout=self._patience_s))
+        except (OSError, TimeoutError):
+            raise lost from None
+
+    def _welcome(self, address: str) -> None:
+        self._members[address] = _Member(address, Tally(address))
+        future = self._pinned(admit, address, f"admit-{uuid.uuid4().hex}", self._token, self._site)
+        self._coming[address] = future
+        future.add_done_callback(lambda _: self._news.put(("admitted", address)))
+
+    def _admitted(self, address: str) -> None:
+        future, member = self._coming.pop(address, None), self._members.get(address)
+        if future is None or member is None or member.state == "out":
+            return
+        try:
+            facts = future.result(timeout=_FETCH_S)
+        except Exception as error:
+            if _is_lost(error):  # whether it is gone shows at the next look; if not, it is asked again
+                self._members.pop(address)
+                return
+            self._out(member, f"is left out: {_said(error)}", error)
+            return
+        member.state, member.last_sign = "ready", time.monotonic()
+        if facts["gpus"]:
+            member.tally.name = f"{address} (GPU {facts['gpus']})"
+        self._tallies.append(member.tally)
+        if self._arriving:
+            self._on_event(Progress("workers", 1))
+
+    def _out(self, member: _Member, why: str, error: Exception | None = None) -> None:
+        """Give the worker no more units; those it has go to others."""
+        member.state = "out"
+        self._last_fault = error if isinstance(error, RsmtdfError) else ResourceError(f"worker {member.address} {why}")
+        self._gone(member, why)
+
+    def _gone(self, member: _Member, why: str) -> None:
+        if member.state == "out" and not member.attempts and why == "was lost":
+            return  # it was told already
+        self._failures.append(f"worker {member.address} {why}")
+        self._on_event(Warned(f"worker {member.address} {why}"))
+        if (coming := self._coming.pop(member.address, None)) is not None:
+            coming.cancel()
+        for attempt in list(member.attempts):
+            self._lost(attempt)
+
+    def _nobody_left(self) -> RsmtdfError:
+        told = "; ".join(self._failures[-3:])
+        kind = MismatchError if isinstance(self._last_fault, MismatchError) else ResourceError
+        return kind(f"no worker is left that could build: {told}. What is committed stays, the same command continues")
+
+    # -- units come and go
+
+    def _hand_out(self, units: Iterator[Unit]) -> bool:
+        """Give units to workers that have room, idle ones first; return whether any are left to give."""
+        while True:
+            ready = [m for m in self._members.values() if m.state == "ready"]
+            if self._arriving and ready and not self._coming:
+                self._arriving = False
+                self._on_event(ProgressEnd("workers"))
+            free = min(ready, key=lambda m: len(m.attempts), default=None)
+            if free is None:
+                return True
+            if len(free.attempts) >= IN_FLIGHT:
+                return True
+            unit = self._back.popleft() if self._back else next(units, None)
+            if unit is None:
+                return self._even_out(free)
+            self._give(unit, free)
+
+    def _even_out(self, idle: _Member) -> bool:
+        """Move a unit that waits behind another one to a worker without any, now that no more are left."""
+        waiting = [a for a in self._attempts.values() if not a.begun and len(a.member.attempts) > 1]
+        if idle.attempts or not waiting:
+            return False
+        attempt = waiting[-1]
+        self._take_back(attempt)
+        self._give(attempt.unit, idle)
+        return False
+
+    def _give(self, unit: Unit, member: _Member) -> None:
+        folder = grant(self._paths, unit.set_id, unit.group)
+        told = (self._token, unit.set_id, unit.group, unit.tiles, str(folder.absolute()))
+        future = self._pinned(compute_unit, member.address, f"unit-{folder.name}", *told)
+        attempt = self._attempts[folder.name] = _Attempt(unit, member, folder, future)
+        if not member.attempts:
+            member.last_sign = time.monotonic()
+        member.attempts.append(attempt)
+        future.add_done_callback(lambda _: self._news.put(("ended", folder.name)))
+
+    def _pinned(self, function: Any, address: str, key: str, *told: Any) -> Future[Any]:
+        return self._client.submit(
+            function, *told, key=f"rsmtdf-{key}", workers=[address], allow_other_workers=False, pure=False
+        )
+
+    def _sign(self, said: dict[str, Any]) -> None:
+        attempt = self._attempts.get(said["attempt"])
+        if attempt is not None:
+            attempt.begun, attempt.member.last_sign = True, time.monotonic()
+            self._tell(attempt, said["tiles"], said["nbytes"])
+
+    def _tell(self, attempt: _Attempt, tiles: int, nbytes: int) -> None:
+        more = tiles - attempt.told[0], nbytes - attempt.told[1]
+        attempt.told = tiles, nbytes
+        if any(more):
+            self._on_tiles(attempt.unit, *more)
+
+    def _ended(self, name: str) -> UnitDone | None:
+        attempt = self._attempts.get(name)
+        if attempt is None:  # it was given up before
+            return None
+        unit, member = attempt.unit, attempt.member
+        try:
+            found = attempt.future.result(timeout=_FETCH_S)
+        except Exception as error:
+            if _is_lost(error):
+                self._lost(attempt)
+            elif _is_of_the_worker(error):
+                self._out(member, f"gets no more work: {_said(error)}", error)
+            else:  # of the data, or a bug: it would come again anywhere
+                raise
+            return None
+        member.last_sign = time.monotonic()
+        member.tally.add(unit, found["seconds"])
+        self._tell(attempt, unit.tiles, found["nbytes"])
+        self._forget(attempt)
+        return UnitDone(unit, Commit.from_json(found["commit"]), found["nbytes"], member.tally.name)
+
+    def _lost(self, attempt: _Attempt) -> None:
+        self._take_back(attempt)
+        self._back.append(attempt.unit)
+        losses = self._losses[attempt.unit] = self._losses.get(attempt.unit, 0) + attempt.begun
+        if losses >= LOSSES_MAX:
+            raise ResourceError(
+                f"row group {attempt.unit.group} of {attempt.unit.set_id} was lost with {losses} workers; they may be "
+                "out of memory (smaller --micro-batch, fewer workers a machine). The same command continues"
+            )
+
+    def _take_back(self, attempt: _Attempt) -> None:
+        """After this the attempt cannot commit, whatever its worker does."""
+        revoke(attempt.folder)
+        with contextlib.suppress(Exception):
+            attempt.future.cancel()
+        self._tell(attempt, 0, 0)
+        self._forget(attempt)
+
+    def _forget(self, attempt: _Attempt) -> None:
+        del self._attempts[attempt.folder.name]
+        attempt.member.attempts.remove(attempt)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether nobody knows what became of a task: its worker died, or does not answer."""
+    from asyncio import CancelledError as TaskCancelled
+    from concurrent.futures import CancelledError
+
+    from distributed import CancelledError as DaskCancelled
+    from distributed import KilledWorker
+    from distributed.comm.core import CommClosedError
+
+    lost = (CancelledError, TaskCancelled, DaskCancelled, KilledWorker, CommClosedError, TimeoutError, NotAdmittedError)
+    return isinstance(error, lost)
+
+
+def _is_of_the_worker(error: Exception) -> bool:
+    """Whether another worker may well do what this one could not: its disk, memory, network."""
+    return isinstance(error, (ResourceError, OSError, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, RsmtdfError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,106 @@
+"""What runs in the processes of workers: they are sent the names of these functions, ids of units, and nothing larger.
+
+Workers start no processes (a Nanny's worker may not); decoding, forward and writing overlap in threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rsmtdf_cache.cluster.site import set_up
+from rsmtdf_cache.errors import ResourceError
+from rsmtdf_cache.records import read_commit
+from rsmtdf_cache.work import Bench, Unit, compute
+
+__all__ = ["NotAdmittedError", "admit", "compute_unit", "leave", "topic"]
+
+#: A worker says once in so many seconds that it lives and how far it is.
+SIGN_S = 1.0
+
+
+class NotAdmittedError(Exception):
+    """This process has no bench for the build: it began after the worker of this address was admitted."""
+
+
+@dataclass
+class _Desk:
+    """The bench of a build in this process. One unit at a time, however many threads the worker has."""
+
+    token: str
+    bench: Bench
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+
+#: At most one: a worker that serves another build lets the teachers of the one before go.
+_desks: list[_Desk] = []
+_opening = threading.Lock()
+
+
+def topic(token: str) -> str:
+    """Return the name under which signs of life of a build travel."""
+    return f"rsmtdf-{token}"
+
+
+def admit(token: str, site: dict[str, Any]) -> dict[str, Any]:
+    """Set up the bench of ``site`` here, once; return facts about this process. Raises like ``site.set_up``."""
+    with _opening:
+        if not any(d.token == token for d in _desks):
+            _desks.clear()
+            _desks.append(_Desk(token, set_up(site)))
+    return {"pid": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
+
+
+def leave(token: str) -> None:
+    """Let the teachers of a build go."""
+    with _opening:
+        _desks[:] = [d for d in _desks if d.token != token]
+
+
+def compute_unit(token: str, set_id: str, group: int, tiles: int, folder: str) -> dict[str, Any]:
+    """Compute and commit one unit where ``folder`` permits it; return the record, bytes and seconds.
+
+    A unit that is committed already (its worker was lost before it could tell) is not computed again.
+    """
+    desk = next((d for d in _desks if d.token == token), None)
+    if desk is None:
+        raise NotAdmittedError(token)
+    unit, place = Unit(set_id, group, tiles), Path(folder)
+    with desk.turn:
+        begun, signs = time.perf_counter(), _Signs(token, place)
+        ledger = desk.bench.ledger
+        there = ledger.paths.commit(set_id, group)
+        if there.is_file():
+            commit = read_commit(there)
+        else:
+            commit = compute(desk.bench, unit, signs.tile, place)
+            ledger.forget(commit)
+        return {"commit": commit.to_json(), "nbytes": signs.nbytes, "seconds": time.perf_counter() - begun}
+
+
+class _Signs:
+    """Tells the client how far a unit is, and stops the unit when its permission is gone."""
+
+    def __init__(self, token: str, folder: Path) -> None:
+        from distributed import get_worker
+
+        self.tiles = self.nbytes = 0
+        self._topic, self._folder, self._worker = topic(token), folder, get_worker()
+        self._tell()
+
+    def tile(self, nbytes: int) -> None:
+        """Count one more tile."""
+        self.tiles, self.nbytes = self.tiles + 1, self.nbytes + nbytes
+        if time.monotonic() - self._told >= SIGN_S:
+            if not self._folder.is_dir():
+                raise ResourceError(f"{self._folder}: gone; this attempt at the unit was given up")
+            self._tell()
+
+    def _tell(self) -> None:
+        said = {"attempt": self._folder.name, "tiles": self.tiles, "nbytes": self.nbytes}
+        self._worker.log_event(self._topic, said)
+        self._told = time.monotonic()
