@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 import mmap
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -170,10 +171,13 @@ class ShardReader:
         self.in_memory = held is not None
         if held is None:
             with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < layout.index_nbytes:
+                    raise FindingsError(
+                        f"{path}: {size} bytes are too few for its index; run `rsmtdf cache verify --deep`"
+                    )
                 held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._map, size = held, len(held)
-        if size < layout.index_nbytes:
-            raise FindingsError(f"{path}: {size} bytes are too few for its index; run `rsmtdf cache verify --deep`")
         index = self._map[size - layout.index_nbytes :]
         if google_crc32c.value(index[:-4]) != int.from_bytes(index[-4:], "little"):
             raise FindingsError(f"{path}: the shard index is damaged; run `rsmtdf cache verify --deep`")
