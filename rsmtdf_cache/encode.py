@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -96,10 +96,35 @@ def encode_shown(
             for band in shown_bands(teacher, view, layers, image, profile):
                 whole[band.layer][n, band.y0 : band.y0 + len(band.rows)] = band.rows
         return whole
-    filled = [*images, *[images[-1]] * (profile.micro_batch - len(images))]
+    return _begin(teacher, view, layers, images, profile)()
+
+
+def _begin(
+    teacher: Teacher, view: ViewSpec, layers: Sequence[str], images: Sequence[NDArray[np.uint8]],
+    profile: NumericsProfile,
+) -> Callable[[], dict[str, NDArray[np.float32]]]:  # fmt: skip
+    """Have the teacher look at one micro-batch, and return what fetches its maps to the host, in any thread.
+
+    A GPU works on meanwhile: maps leave it on a stream of their own, after the work that makes them and not after what
+    is asked of it next. They are as many bytes as a forward pass has time for on a fast device.
+    """
+    count = len(images)
+    batch = torch.from_numpy(np.stack([*images, *[images[-1]] * (profile.micro_batch - count)]))
+    cuda = teacher.device.type == "cuda"
     with _threads(profile.threads):
-        maps = teacher.encode(torch.from_numpy(np.stack(filled)), view.size_px, layers, profile.precision)
-        return {layer: values.cpu().numpy()[: len(images)] for layer, values in maps.items()}
+        maps = teacher.encode(batch.pin_memory() if cuda else batch, view.size_px, layers, profile.precision)
+    if not cuda:
+        return lambda: {layer: values.cpu().numpy()[:count] for layer, values in maps.items()}
+    made = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    made.record(torch.cuda.current_stream(teacher.device))
+
+    def fetch() -> dict[str, NDArray[np.float32]]:
+        aside = torch.cuda.Stream(teacher.device)  # type: ignore[no-untyped-call]
+        aside.wait_event(made)
+        with torch.cuda.stream(aside):  # waits for the copies, so that the maps are not freed before
+            return {layer: values.cpu().numpy()[:count] for layer, values in maps.items()}
+
+    return fetch
 
 
 def encode_unit(
@@ -132,7 +157,8 @@ def encode_unit(
         def fetch(batch: list[int]) -> list[Future[NDArray[np.uint8]]]:
             return [readers.submit(show, row) for row in batch]
 
-        def store(batch: list[int], features: dict[str, NDArray[np.float32]]) -> list[int]:
+        def store(batch: list[int], fetch: Callable[[], dict[str, NDArray[np.float32]]]) -> list[int]:
+            features = fetch()
             return [
                 writer.add(row, ledger.table.record(row).id, {layer: maps[i] for layer, maps in features.items()})
                 for i, row in enumerate(batch)
@@ -154,10 +180,10 @@ def encode_unit(
             if view.windows is not None:
                 yield stream(batch[0], images[0])
                 continue
-            features = encode_shown(teacher, view, layers, images, profile)
+            fetch_maps = _begin(teacher, view, layers, images, profile)
             if written is not None:
                 yield from written.result()
-            written = behind.submit(store, batch, features)
+            written = behind.submit(store, batch, fetch_maps)
         if written is not None:
             yield from written.result()
         writer.commit(rows[-1] + 1)

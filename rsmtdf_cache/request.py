@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -65,7 +66,10 @@ class BuildRequest(_Asked):
     precision: Literal["float32", "bfloat16", "float16"] | None = None
     micro_batch: int | None = Field(default=None, gt=0)
     threads: int | None = Field(default=None, gt=0)
-    decoders: int = Field(default=4, gt=0, le=1024, description="tiles decoded at once; changes no byte")
+    decoders: int = Field(
+        default_factory=lambda: min(32, max(4, os.cpu_count() or 4)), gt=0, le=1024,
+        description="tiles decoded at once, by default one a core; changes no byte",
+    )  # fmt: skip
     strict: bool = False
     allow_mixed: bool = False
 

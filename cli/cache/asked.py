@@ -58,7 +58,9 @@ def build_request(
     precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 arithmetic.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Tiles per forward pass.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a forward pass.")] = None,
-    decoders: Annotated[int | None, typer.Option(help="Tiles decoded at once (default 4); changes no byte.")] = None,
+    decoders: Annotated[
+        int | None, typer.Option(help="Tiles decoded at once (default: one a core, 4 to 32); changes no byte.")
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop when a tile cannot be used.")] = False,
     allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="Continue with other numerics.")] = False,
     *,

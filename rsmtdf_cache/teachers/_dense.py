@@ -109,7 +109,9 @@ class DenseTeacher(Teacher):
 
     def normalised(self, tiles_BHW3: Tensor, size_px: int) -> Tensor:
         """Return ``[B, 3, size, size]`` float32: resized, clamped to 0..255 (bicubic overshoots), normalised."""
-        images = self._resized(tiles_BHW3.to(self.device).permute(0, 3, 1, 2).float(), size_px, 255.0)
+        images = self._resized(
+            tiles_BHW3.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float(), size_px, 255.0
+        )
         return (images / 255 - self._mean) / self._std
 
     def _resized(self, images_B3HW: Tensor, size_px: int, white: float) -> Tensor:
