@@ -24,7 +24,8 @@ class Sample:
     """One crop of one tile in one oriented frame: geometry is applied, photometry is not.
 
     ``features`` are codes as the store has them, keyed by ``"teacher/scale/layer"`` (the key of a target: a feature
-    key without its orientation, see ``targets/base.py``).
+    key without its orientation, see ``targets/base.py``). ``image`` and ``label`` can be turned views of the tile, with
+    negative strides and read-only: copy what is to be changed or becomes a tensor.
     """
 
     tile_id: str

@@ -65,8 +65,8 @@ def unlabelled(loader: BatchLoader, crops: int = 24) -> tuple[Targets, Tensor, T
     assert loader.unlabeled is not None
     draws = loader.unlabeled.draws(0, crops)
     samples = loader.dataset.samples(draws)
-    images = torch.stack([torch.from_numpy(s.image) for s in samples]).permute(0, 3, 1, 2) / 255
-    labels = torch.stack([torch.from_numpy(s.label) for s in samples])
+    images = torch.stack([torch.from_numpy(s.image.copy()) for s in samples]).permute(0, 3, 1, 2) / 255
+    labels = torch.stack([torch.from_numpy(s.label.copy()) for s in samples])
     return loader.stack_targets(samples, loader.dataset.codes(draws)).decoded(CPU), images, labels
 
 
