@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,9 @@ from rsmtdf_cache.specs import NumericsProfile
 __all__ = ["UnitWriter", "clear_drafts", "grant", "revoke"]
 
 
+#: So often a folder is emptied before that counts as impossible.
+_REMOVALS = 300
+
 #: Called after each numbered step of a commit. Tests replace it to stop the process right there.
 after_step: Callable[[int], None] = no_step
 
@@ -45,12 +49,19 @@ def grant(paths: StorePaths, set_id: str, group: int) -> Path:
 def revoke(folder: Path) -> None:
     """Take the permission of ``grant`` back, in one step, whatever the attempt is doing; then remove its drafts.
 
-    Nothing is published from the folder afterwards; what was published before stays.
+    Nothing is published from the folder afterwards; what was published before stays. Another machine of a network file
+    system may go by a name that it remembers, so this returns when the drafts are no more (a file that a process of
+    this machine holds open may stay, under NFS, as ``.nfs…``). Raises ``ResourceError`` when they cannot be removed.
     """
     away = folder.with_name(f".{folder.name}.gone")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(away)
-    shutil.rmtree(away, ignore_errors=True)
+    for _ in range(_REMOVALS):
+        shutil.rmtree(away, ignore_errors=True)
+        if not away.exists() or all(p.name.startswith(".nfs") for p in away.iterdir()):
+            return
+        time.sleep(0.01)  # a draft was made in it meanwhile
+    raise ResourceError(f"{away}: cannot be removed; remove it yourself, then run the same command again")
 
 
 def clear_drafts(paths: StorePaths, transfers: bool = False) -> None:

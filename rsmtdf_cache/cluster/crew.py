@@ -35,6 +35,8 @@ IN_FLIGHT = 2
 LOSSES_MAX = 4
 #: A worker that loads weights gives no signs, so it has at least so long, however short the patience.
 _SET_UP_S = 300.0
+#: So long after a loss another process may take the lost one's place: a Nanny starts one.
+_RETURN_S = 30.0
 _LOOK_S = 0.5
 _FETCH_S = 30.0
 
@@ -66,8 +68,8 @@ class Crew:
     """The workers of a scheduler while they compute the units of one build."""
 
     def __init__(
-        self, client: Client, paths: StorePaths, token: str, site: dict[str, Any], patience_s: float, expected: int,
-        on_tiles: OnTiles, on_event: EventSink, tallies: list[Tally], failures: list[str],
+        self, client: Client, paths: StorePaths, token: str, site: dict[str, Any], patience_s: float,
+        expected: int | None, on_tiles: OnTiles, on_event: EventSink, tallies: list[Tally], failures: list[str],
     ) -> None:  # fmt: skip
         self._client, self._paths, self._token, self._site = client, paths, token, site
         self._patience_s, self._on_tiles, self._on_event = patience_s, on_tiles, on_event
@@ -78,9 +80,10 @@ class Crew:
         self._back: deque[Unit] = deque()  # units that were lost
         self._losses: dict[Unit, int] = {}
         self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._looked, self._alone_since = 0.0, time.monotonic()
+        self._looked, self._last_loss, self._alone_since = 0.0, float("-inf"), time.monotonic()
         self._last_fault: RsmtdfError | None = None
         self._arriving = True
+        expected = len(self._here()) if expected is None else expected
         on_event(ProgressStart("workers", "setting up workers", expected, unit="workers"))
 
     def run(self, units: Iterator[Unit]) -> Generator[UnitDone, None, None]:
@@ -127,6 +130,7 @@ class Crew:
         for address in here - self._members.keys():
             self._welcome(address)
         for address in self._members.keys() - here:
+            self._last_loss = now
             self._gone(self._members.pop(address), "was lost")
         for member in self._members.values():
             silent = now - member.last_sign
@@ -140,7 +144,8 @@ class Crew:
             raise ResourceError(
                 f"the scheduler has had no worker for {self._patience_s:g} s; start some, run the same command again"
             )
-        if self._members and all(m.state == "out" for m in self._members.values()):
+        returning = now - self._last_loss < min(self._patience_s, _RETURN_S)
+        if self._members and all(m.state == "out" for m in self._members.values()) and not returning:
             raise self._nobody_left()
 
     def _here(self) -> set[str]:
@@ -278,9 +283,10 @@ class Crew:
         return UnitDone(unit, Commit.from_json(found["commit"]), found["nbytes"], member.tally.name)
 
     def _lost(self, attempt: _Attempt) -> None:
+        begun = attempt.begun or attempt.member.attempts[0] is attempt  # it may have died before it could say so
         self._take_back(attempt)
         self._back.append(attempt.unit)
-        losses = self._losses[attempt.unit] = self._losses.get(attempt.unit, 0) + attempt.begun
+        losses = self._losses[attempt.unit] = self._losses.get(attempt.unit, 0) + begun
         if losses >= LOSSES_MAX:
             raise ResourceError(
                 f"row group {attempt.unit.group} of {attempt.unit.set_id} was lost with {losses} workers; they may be "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import uuid
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CONNECT_S", "OwnProcesses", "RunningCluster"]
 
 _LOOPBACK = "127.0.0.1"
+_GUARD = "`if __name__ == '__main__':`"
 #: For so long a scheduler is asked for before it counts as absent.
 CONNECT_S = 15
 
@@ -66,8 +68,8 @@ class _OnWorkers:
                 yield from found
 
     @contextlib.contextmanager
-    def _client(self) -> Iterator[tuple[Client, int]]:
-        """Yield a client, and how many workers are expected to come soon."""
+    def _client(self) -> Iterator[tuple[Client, int | None]]:
+        """Yield a client, and how many workers will come soon; None: those that are there."""
         raise NotImplementedError
 
 
@@ -95,8 +97,8 @@ class RunningCluster(_OnWorkers):
         return self
 
     @contextlib.contextmanager
-    def _client(self) -> Iterator[tuple[Client, int]]:
-        yield self._open, len(self._open.nthreads())
+    def _client(self) -> Iterator[tuple[Client, int | None]]:
+        yield self._open, None
 
 
 class OwnProcesses(_OnWorkers):
@@ -113,11 +115,13 @@ class OwnProcesses(_OnWorkers):
     def __enter__(self) -> Self:
         import torch
 
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that imports the user's script
+            raise UsageError(f"a script that builds with workers needs {_GUARD}: its processes import it")
         self.threads = max(1, torch.get_num_threads() // len(self._environments))
         return super().__enter__()
 
     @contextlib.contextmanager
-    def _client(self) -> Iterator[tuple[Client, int]]:
+    def _client(self) -> Iterator[tuple[Client, int | None]]:
         from distributed import Client
 
         with _same_environment():
@@ -150,7 +154,13 @@ class OwnProcesses(_OnWorkers):
         }  # fmt: skip
         spawn = {"DASK_LOGGING__DISTRIBUTED": "critical"}
         with dask.config.set({"distributed.nanny.pre-spawn-environ": spawn}):
-            return SpecCluster(workers, {"cls": Scheduler, "options": scheduler}, security=security, silence_logs=False)
+            spec = {"cls": Scheduler, "options": scheduler}
+            try:
+                return SpecCluster(workers, spec, security=security, silence_logs=False)
+            except (OSError, RuntimeError, TimeoutError) as error:
+                raise ResourceError(
+                    f"the worker processes did not start ({error}); a script that builds with workers needs {_GUARD}"
+                ) from error
 
     @staticmethod
     def _end(cluster: SpecCluster) -> None:

@@ -38,8 +38,8 @@ def test_dask_chunks_are_shards(folder: Path) -> None:
     key = store.keys()[0]
     plain, chunked = store.to_xarray()[str(key)], store.to_xarray(chunks="shard")[str(key)]
     assert chunked["features"].chunks == ((3, 3, 1), *((n,) for n in plain["features"].shape[1:]))
-    one, other = chunked["features"], plain["features"]
-    assert isinstance(one, xarray.DataArray) and isinstance(other, xarray.DataArray) and one.identical(other)
+    assert isinstance(chunked, xarray.DataTree) and isinstance(plain, xarray.DataTree)
+    assert chunked.to_dataset().identical(plain.to_dataset())
     read = store.read(key, range(7)).values
     assert np.array_equal(np.asarray(chunked["features"].data.compute(scheduler="sync"), np.float32), read)
 

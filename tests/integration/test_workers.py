@@ -153,6 +153,16 @@ def test_when_all_workers_die_the_build_ends_and_can_be_continued(root: Path, cr
     assert_whole(root, tmp_path / "s")
 
 
+def test_a_unit_that_no_worker_survives_ends_the_build(root: Path, crew: Cluster, tmp_path: Path) -> None:
+    """Each worker dies in the first unit it is given, which is the one that the last one died in."""
+    client = build(root, tmp_path / "s", crew)
+    for name in "abcd":
+        crew.add(name, Temper(kill=True))
+        until(lambda: not crew.workers[name].is_alive())  # noqa: B023 - called at once
+    assert "row group 0 of " in (said := ended(client, 6)) and "was lost with 4 workers" in said
+    assert sum(crew.steps(1).values()) == 4 and committed(tmp_path / "s") == 0
+
+
 def test_a_scheduler_that_dies_ends_the_build_which_can_be_continued(root: Path, crew: Cluster, tmp_path: Path) -> None:
     crew.add("a", Temper(hold=True, unit=3))
     client = build(root, tmp_path / "s", crew)
