@@ -211,17 +211,19 @@ def test_a_quarantined_tile_has_no_pixels(data: Path, tmp_path: Path) -> None:
 
 
 def test_killed_after_any_operation_a_build_continues_to_the_same_bytes(data: Path, tmp_path: Path) -> None:
-    values = {"data": data, "teachers": (), "pixels": True, "group_rows": 3, "workers": 1}
+    values = {"data": data, "teachers": (), "pixels": True, "group_rows": 3, "decoders": 1}
 
     def run(out: Path, observe: Callable[..., None] | None) -> int:
         child = os.fork()
         if child == 0:
             if observe is not None:
                 files.observe = observe
+            code = 1
             try:
                 build_store(BuildRequest.of({**values, "out": out}))
+                code = 0
             finally:
-                os._exit(0)
+                os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     steps = tmp_path / "steps"

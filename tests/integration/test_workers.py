@@ -144,8 +144,8 @@ def test_workers_that_are_killed_in_a_commit_lose_nothing(root: Path, crew: Clus
 def test_when_all_workers_die_the_build_ends_and_can_be_continued(root: Path, crew: Cluster, tmp_path: Path) -> None:
     for name in "ab":
         crew.add(name, Temper(kill=True, step=3, unit=2))
-    said = ended(build(root, tmp_path / "s", crew, patience=2), 6)
-    assert "has had no worker for 2 s" in said
+    said = ended(build(root, tmp_path / "s", crew, patience=8), 6)
+    assert "has had no worker for 8 s" in said
     assert committed(tmp_path / "s") == 2
     crew.add("c")
     report(build(root, tmp_path / "s", crew, "again"))
