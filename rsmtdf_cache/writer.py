@@ -26,7 +26,7 @@ from rsmtdf_cache.layout import ArraySet, StorePaths
 from rsmtdf_cache.ledger import Commit, Ledger
 from rsmtdf_cache.specs import NumericsProfile
 
-__all__ = ["UnitWriter", "clear_drafts", "grant", "revoke"]
+__all__ = ["UnitWriter", "begin", "clear_drafts", "grant", "revoke", "withdraw"]
 
 
 #: So often a folder is emptied before that counts as impossible.
@@ -46,6 +46,27 @@ def grant(paths: StorePaths, set_id: str, group: int) -> Path:
     return folder
 
 
+def begin(folder: Path) -> Path:
+    """Begin the attempt that ``folder`` permits and return where its drafts go; ``withdraw`` fails from here on.
+
+    Raises ``ResourceError`` when the permission was taken back.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        return folder.rename(_begun(folder))
+    raise _taken_over(folder)
+
+
+def withdraw(folder: Path) -> bool:
+    """Take the permission of ``grant`` back unless its attempt has begun; return whether this did it."""
+    away = folder.with_name(f".{folder.name}.gone")
+    try:
+        folder.rename(away)
+    except FileNotFoundError:
+        return False
+    away.rmdir()
+    return True
+
+
 def revoke(folder: Path) -> None:
     """Take the permission of ``grant`` back, in one step, whatever the attempt is doing; then remove its drafts.
 
@@ -54,14 +75,19 @@ def revoke(folder: Path) -> None:
     this machine holds open may stay, under NFS, as ``.nfs…``). Raises ``ResourceError`` when they cannot be removed.
     """
     away = folder.with_name(f".{folder.name}.gone")
-    with contextlib.suppress(FileNotFoundError):
-        folder.rename(away)
+    for name in (folder, _begun(folder)):
+        with contextlib.suppress(FileNotFoundError):
+            name.rename(away)
     for _ in range(_REMOVALS):
         shutil.rmtree(away, ignore_errors=True)
         if not away.exists() or all(p.name.startswith(".nfs") for p in away.iterdir()):
             return
         time.sleep(0.01)  # a draft was made in it meanwhile
     raise ResourceError(f"{away}: cannot be removed; remove it yourself, then run the same command again")
+
+
+def _begun(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.begun")
 
 
 def clear_drafts(paths: StorePaths, transfers: bool = False) -> None:

@@ -22,7 +22,7 @@ from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart,
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.records import Commit
 from rsmtdf_cache.work import OnTiles, Tally, Unit, UnitDone
-from rsmtdf_cache.writer import grant, revoke
+from rsmtdf_cache.writer import grant, revoke, withdraw
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -230,6 +230,9 @@ class Crew:
         if idle.attempts or not waiting:
             return False
         attempt = waiting[-1]
+        if not withdraw(attempt.folder):
+            attempt.begun = True  # and has not said so yet
+            return False
         self._take_back(attempt)
         self._give(attempt.unit, idle)
         return False

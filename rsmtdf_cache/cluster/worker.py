@@ -16,6 +16,7 @@ from rsmtdf_cache.cluster.site import set_up
 from rsmtdf_cache.errors import ResourceError
 from rsmtdf_cache.records import read_commit
 from rsmtdf_cache.work import Bench, Unit, compute
+from rsmtdf_cache.writer import begin
 
 __all__ = ["NotAdmittedError", "admit", "compute_unit", "leave", "topic"]
 
@@ -71,36 +72,39 @@ def compute_unit(token: str, set_id: str, group: int, tiles: int, folder: str) -
         raise NotAdmittedError(token)
     unit, place = Unit(set_id, group, tiles), Path(folder)
     with desk.turn:
-        begun, signs = time.perf_counter(), _Signs(token, place)
+        since, signs = time.perf_counter(), _Signs(token, place.name)
         ledger = desk.bench.ledger
         there = ledger.paths.commit(set_id, group)
         if there.is_file():
             commit = read_commit(there)
         else:
-            commit = compute(desk.bench, unit, signs.tile, place)
+            signs.folder = begin(place)
+            commit = compute(desk.bench, unit, signs.tile, signs.folder)
             ledger.forget(commit)
-        return {"commit": commit.to_json(), "nbytes": signs.nbytes, "seconds": time.perf_counter() - begun}
+        return {"commit": commit.to_json(), "nbytes": signs.nbytes, "seconds": time.perf_counter() - since}
 
 
 class _Signs:
     """Tells the client how far a unit is, and stops the unit when its permission is gone."""
 
-    def __init__(self, token: str, folder: Path) -> None:
+    folder: Path
+
+    def __init__(self, token: str, attempt: str) -> None:
         from distributed import get_worker
 
         self.tiles = self.nbytes = 0
-        self._topic, self._folder, self._worker = topic(token), folder, get_worker()
+        self._topic, self._attempt, self._worker = topic(token), attempt, get_worker()
         self._tell()
 
     def tile(self, nbytes: int) -> None:
         """Count one more tile."""
         self.tiles, self.nbytes = self.tiles + 1, self.nbytes + nbytes
         if time.monotonic() - self._told >= SIGN_S:
-            if not self._folder.is_dir():
-                raise ResourceError(f"{self._folder}: gone; this attempt at the unit was given up")
+            if not self.folder.is_dir():
+                raise ResourceError(f"{self.folder}: gone; this attempt at the unit was given up")
             self._tell()
 
     def _tell(self) -> None:
-        said = {"attempt": self._folder.name, "tiles": self.tiles, "nbytes": self.nbytes}
+        said = {"attempt": self._attempt, "tiles": self.tiles, "nbytes": self.nbytes}
         self._worker.log_event(self._topic, said)
         self._told = time.monotonic()

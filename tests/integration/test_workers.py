@@ -44,23 +44,18 @@ def crew(tmp_path: Path) -> Iterator[Cluster]:
         yield here
 
 
-def values(root: Path, out: Path) -> dict[str, Any]:
-    return {
-        "data": root / "data", "out": out, "teachers": ["timm:test_vit,pretrained=none"], "group_rows": 2, "threads": 2,
-        "micro_batch": 2, "device": "cpu",
-    }  # fmt: skip
-
-
-def finish(root: Path, out: Path) -> None:
+def finish(root: Path, out: Path, threads: int = 1) -> None:
     """Build, or continue, in this process."""
-    build_store(BuildRequest.of(values(root, out)))
+    build_store(BuildRequest.of({
+        "data": root / "data", "out": out, "teachers": ["timm:test_vit,pretrained=none"], "group_rows": 2,
+        "threads": threads, "micro_batch": 2, "device": "cpu",
+    }))  # fmt: skip
 
 
-def words(root: Path, out: Path, *more: object) -> list[object]:
-    asked = values(root, out)
+def words(root: Path, out: Path, *more: object, threads: int = 1) -> list[object]:
     return [
-        "cache", "build", asked["data"], "--out", out, "--teacher", *asked["teachers"], "--group-rows", 2,
-        "--threads", 2, "--micro-batch", 2, "--json", *more,
+        "cache", "build", root / "data", "--out", out, "--teacher", "timm:test_vit,pretrained=none", "--group-rows", 2,
+        "--threads", threads, "--micro-batch", 2, "--json", *more,
     ]  # fmt: skip
 
 
@@ -174,7 +169,7 @@ def test_a_scheduler_that_dies_ends_the_build_which_can_be_continued(root: Path,
     assert_whole(root, tmp_path / "s")
 
 
-@pytest.mark.parametrize("step", [2, 4, 5])
+@pytest.mark.parametrize("step", [2, 5])
 def test_workers_whose_client_died_write_nothing_into_the_next_build(
     root: Path, crew: Cluster, tmp_path: Path, step: int
 ) -> None:
@@ -294,14 +289,11 @@ def test_a_worker_without_room_gets_no_more_and_others_finish(root: Path, crew: 
     assert_whole(root, tmp_path / "s")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_build_takes_units_back_and_continues(
-    root: Path, crew: Cluster, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_an_interrupted_build_takes_units_back_and_continues(root: Path, crew: Cluster, tmp_path: Path) -> None:
     crew.add("a", Temper(hold=True, unit=3, step=5))
     client = build(root, tmp_path / "s", crew)
     until(lambda: crew.held("a"))
-    os.kill(client.pid, number)
+    os.kill(client.pid, signal.SIGINT)
     assert "2 shard groups" in ended(client, 5)
     assert not (tmp_path / "s" / "tmp").exists()
     crew.release()
@@ -315,7 +307,10 @@ def test_an_interrupted_build_takes_units_back_and_continues(
 def test_processes_of_this_machine_listen_to_it_alone_die_with_the_build_and_have_a_gpu_each(
     root: Path, tmp_path: Path
 ) -> None:
-    first = start(words(root, tmp_path / "s", "--workers", 1), tmp_path, "first")
+    """With two torch threads, whatever a Nanny puts into the environment."""
+    (tmp_path / "data").symlink_to(root / "data")
+    finish(tmp_path, tmp_path / "whole", threads=2)
+    first = start(words(root, tmp_path / "s", "--workers", 1, threads=2), tmp_path, "first")
     until(lambda: any(tmp_path.glob("s/ledger/commits/*/*.json")), first.stderr.read_text)
     os.kill(first.pid, signal.SIGSTOP)
     client = psutil.Process(first.pid)
@@ -325,9 +320,9 @@ def test_processes_of_this_machine_listen_to_it_alone_die_with_the_build_and_hav
     os.kill(first.pid, signal.SIGKILL)
     assert first.end() == -signal.SIGKILL
     assert psutil.wait_procs(family[1:], timeout=60)[1] == []
-    found = report(start(words(root, tmp_path / "s", "--gpus", "3,7"), tmp_path, "second"))
+    found = report(start(words(root, tmp_path / "s", "--gpus", "3,7", threads=2), tmp_path, "second"))
     assert found["units"] + found["units_before"] == UNITS and found["units_before"] > 0
     names = [t["name"] for t in found["workers"]]
     assert all(n.startswith("tls://127.0.0.1:") for n in names)
     assert sorted(n.partition(" ")[2] for n in names) == ["(GPU 3)", "(GPU 7)"]
-    assert_whole(root, tmp_path / "s")
+    assert_whole(tmp_path, tmp_path / "s")

@@ -21,7 +21,7 @@ from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.verify import verify_store
 from rsmtdf_cache.work import Bench, InProcess, Unit, compute
-from rsmtdf_cache.writer import clear_drafts, grant, revoke
+from rsmtdf_cache.writer import begin, clear_drafts, grant, revoke, withdraw
 from tests.datasets import write_dataset
 from tests.teachers import load_mean_teacher
 
@@ -86,6 +86,18 @@ def test_a_permission_that_is_taken_back_later_changes_nothing(bench: Bench, mon
     assert Ledger.load(paths).commits[name][2].to_json() == commit.to_json()
     revoke(folder)
     assert list(paths.tmp.iterdir()) == []
+
+
+def test_a_permission_is_either_begun_or_withdrawn(bench: Bench) -> None:
+    [name], paths = bench.ledger.sets, bench.ledger.paths
+    first, second = grant(paths, name, 2), grant(paths, name, 2)
+    assert withdraw(first)
+    with pytest.raises(ResourceError, match="may not be committed any more"):
+        begin(first)
+    place = begin(second)
+    assert not withdraw(second) and place.is_dir()
+    revoke(second)
+    assert list(paths.tmp.iterdir()) == [], "what was begun is taken back too"
 
 
 def test_a_worker_never_makes_its_permission(bench: Bench) -> None:
