@@ -44,9 +44,13 @@ fmt: $(STAMP) ## format the code and sort imports
 	$(BIN)/ruff check --fix --quiet $(CODE) || true
 	$(BIN)/ruff format $(CODE)
 
-bench: $(STAMP) ## how fast a store is read and built on this machine, the loader against peers (pip install '.[bench]'; JSON in bench-out/)
+bench: $(STAMP) ## how fast reading, pixels, workers, scale and steps are here, against peers (pip install '.[bench]'; JSON in bench-out/)
 	$(BIN)/rsmtdf bench store --out bench-out/store
 	$(BIN)/python bench/loader.py bench-out/loader.json --tiles 120 --rounds 3
+	$(BIN)/python bench/pixels.py bench-out/pixels.json --rounds 3
+	$(BIN)/python bench/workers.py bench-out/workers.json --workers 1,2 --rounds 1
+	$(BIN)/python bench/scale.py bench-out/scale.json --tiles 100000 --rounds 1
+	$(BIN)/python bench/gpu.py bench-out/step.json --rounds 1
 
 bench-sample: $(STAMP) ## the README's table: three arms, five paired seeds (20 minutes on two cores)
 	$(BIN)/rsmtdf bench sample --seeds 5 --out bench-out/sample

@@ -33,7 +33,7 @@ def _rates(done: float, nbytes: int, seconds: float, unit: str) -> str:
         return f"{_size(nbytes / seconds)}/s" if seconds > 0 and nbytes > 0 else ""
     if unit == "pixels":
         return f"{_megapixels(done / seconds)}/s" if seconds > 0 and done > 0 else ""
-    if seconds <= 0 or done <= 0:
+    if seconds <= 0 or done <= 0 or unit == "workers":
         return ""
     text = f"{done / seconds:.1f} {unit}/s"
     return f"{text}  {nbytes / seconds / 1e6:.1f} MB/s" if nbytes else text
@@ -72,6 +72,8 @@ class _CountColumn(ProgressColumn):
             return Text(f"{_size(done)} of {_size(total)}")
         if unit == "pixels":
             return Text(f"{_megapixels(done)} of {_megapixels(total)}")
+        if unit == "workers" and done >= total:  # some may join later
+            return Text(f"{int(done)} workers")
         return Text(f"{int(done)}/{int(total)} {unit}")
 
 
@@ -117,32 +119,52 @@ def bars(console: Console) -> Iterator[EventSink]:
         yield sink
 
 
+#: A task that runs longer says so often, in seconds, how far it is: a log of a batch job is all that people see of it.
+LINE_S = 60.0
+
+
 @dataclass
 class _Counted:
     start: ProgressStart
     done: int = 0
     nbytes: int = 0
     since: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
 
 
-def lines() -> EventSink:
-    """Return a sink that writes one line to stderr when a task starts and one when it ends."""
+def lines(every_s: float = LINE_S) -> EventSink:
+    """Return a sink that writes one line to stderr when a task starts, one when it ends, and some between.
+
+    Those between come ``every_s`` seconds at most: how far it is, how fast, how long it will take, on how many workers.
+    """
     tasks: dict[str, _Counted] = {}
+    workers: dict[str, int] = {}  # their task goes on after its end: they come and go
 
     def sink(event: Event) -> None:
         if isinstance(event, ProgressStart):
             tasks[event.task] = _Counted(event)
+            if event.unit == "workers":
+                workers[event.task] = event.done
             amount = _amount(event.done, event.unit) if event.unit in ("bytes", "pixels") else event.done
             there = f", {amount} there already" if event.done else ""
             message(f"{event.label}: {_amount(event.total, event.unit)}{there}", kind="start")
+        elif isinstance(event, Progress) and event.task in workers:
+            workers[event.task] += event.advance
         elif isinstance(event, Progress) and event.task in tasks:
-            tasks[event.task].done += event.advance
-            tasks[event.task].nbytes += event.nbytes
+            task = tasks[event.task]
+            task.done += event.advance
+            task.nbytes += event.nbytes
+            now = time.monotonic()
+            if now - task.told >= every_s:
+                task.told = now
+                message(
+                    ", ".join([_far(task, now), *(f"{n} worker{'s' * (n != 1)}" for n in workers.values())]), kind="now"
+                )
         elif isinstance(event, ProgressEnd) and event.task in tasks:
             task = tasks.pop(event.task)
             seconds = time.monotonic() - task.since
             rates = _rates(task.done, task.nbytes, seconds, task.start.unit)
-            total = task.start.done + task.done
+            total = task.start.done + workers.get(event.task, task.done)
             message(
                 f"{task.start.label}: {_done_of(total, task.start)} in {seconds:.1f} s"
                 + (f" ({rates})" if rates else ""),
@@ -152,3 +174,17 @@ def lines() -> EventSink:
             warnings_only(event)
 
     return sink
+
+
+def _far(task: _Counted, now: float) -> str:
+    """Return ``NAME: 12 of 34 tiles (5.6 tiles/s), 4 s left``."""
+    seconds, total = now - task.since, task.start.done + task.done
+    rates = _rates(task.done, task.nbytes, seconds, task.start.unit)
+    left = f", {_clock((task.start.total - total) * seconds / task.done)} left" if task.done > 0 else ""
+    return f"{task.start.label}: {_done_of(total, task.start)}{f' ({rates})' if rates else ''}{left}"
+
+
+def _clock(seconds: float) -> str:
+    from rsmtdf_cli.cache.plan import seconds_text
+
+    return seconds_text(seconds)

@@ -22,6 +22,9 @@ __all__ = ["app", "train"]
 #: The value of ``--use-cache`` that means: find the store in the catalogue. A folder of that name is ``./auto``.
 AUTO = "auto"
 
+#: Where the words of a command are kept: several processes are started with the same ones.
+_WORDS = "rsmtdf.train.words"
+
 
 class _OptionalStore(TyperCommand):
     """``--use-cache`` at the end or before another option means ``--use-cache auto``.
@@ -37,6 +40,7 @@ class _OptionalStore(TyperCommand):
             last = i + 1 == end
             if word == "--use-cache" and (last or words[i + 1].startswith("-")):
                 words[i] = f"--use-cache={AUTO}"
+        ctx.meta[_WORDS] = tuple(words)
         return super().parse_args(ctx, words)
 
 
@@ -46,6 +50,7 @@ app = new_app("Train a student from a recipe, with or without cached features.")
 @app.command("train", cls=_OptionalStore)
 @command
 def train(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)],
     use_cache: Annotated[
         str | None,
@@ -78,6 +83,14 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. optim.lr=0.001.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default: a GPU when there is one.")] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|all|IDS",
+            help="Processes that share each batch, one on each GPU: their number, all, or ids as 0,2. Without a GPU: N "
+            "processes on the CPU.",
+        ),
+    ] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard scalars too.")] = True,
     quiet: QuietOption = False,
     json: JsonOption = False,
@@ -87,9 +100,12 @@ def train(
     With --no-distill, --use-cache still decides which crops are drawn, so that both arms see the same ones. A run that
     continues reads the snapshot it began with, also when the store has grown since.
     """
+    from rsmtdf_train.launcher import follow_launcher
+
+    follow_launcher()
     from rsmtdf_cache.errors import UsageError
     from rsmtdf_cli.score_tables import show_metrics
-    from rsmtdf_cli.training import one_voice, training_progress
+    from rsmtdf_cli.training import one_voice, run_on_devices, training_progress
     from rsmtdf_train.recipe import load_recipe
 
     asked = load_recipe(recipe, set_ or [])
@@ -98,6 +114,8 @@ def train(
         raise UsageError(_store_missing(recipe, chosen))
     if pin and use_cache is None:
         raise UsageError("--pin keeps the store of --use-cache; give both")
+    if devices is not None and run_on_devices("train", context.meta[_WORDS], chosen, devices, device):
+        return
     folder = out if out is not None else Path("runs") / f"{chosen.name}-s{chosen.seed}"
     with one_voice() as speaks, training_progress(quiet or not speaks) as shown:
         sink: TrainSink = shown if speaks else lambda event: None

@@ -1,15 +1,18 @@
-"""What ``train`` shows while it runs: a live table of losses."""
+"""What ``train`` shows while it runs, a live table of losses; and one command as several processes."""
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rsmtdf_cache.errors import Interrupted, RsmtdfError
+import typer
+
+from rsmtdf_cache.errors import Interrupted, RsmtdfError, UsageError
 from rsmtdf_cli.console import console, message, progress
 
 if TYPE_CHECKING:
@@ -17,8 +20,9 @@ if TYPE_CHECKING:
 
     from rsmtdf_cache.events import Event
     from rsmtdf_train.logs import StepLogged
+    from rsmtdf_train.recipe import Recipe
 
-__all__ = ["one_voice", "training_progress"]
+__all__ = ["one_voice", "run_on_devices", "training_progress"]
 
 #: Smoothing of the numbers that are shown; the log holds them as they are.
 _MEMORY = 0.9
@@ -26,22 +30,60 @@ _MEMORY = 0.9
 _SHOWN = ("loss", "loss_labeled", "loss_unlabeled", "loss_distill", "mask_ratio", "lr")
 
 
+def run_on_devices(name: str, words: Sequence[str], recipe: Recipe, devices: str, device: str | None) -> bool:
+    """Run the command ``name`` with its ``words`` as one process for each of ``devices``; return False for one alone.
+
+    In those processes themselves, too. Ends with the exit code of the run unless that is 0. Raises ``UsageError`` for
+    devices that are not there, and for more than share a batch of ``recipe``, before any process is started.
+    """
+    from rsmtdf_train.launcher import is_launched, launch, place_of
+    from rsmtdf_train.shares import check_shares
+
+    if is_launched():
+        return False
+    if "WORLD_SIZE" in os.environ:
+        raise UsageError(f"--devices {devices}: torchrun has started the processes already; leave --devices out")
+    place = place_of(devices, device, os.environ, 0 if device == "cpu" else _gpus())
+    if place.count == 1:
+        return False
+    check_shares(recipe.batch, place.count * recipe.batch.accumulate, labeled_only=recipe.method == "supervised")
+    here = {"", os.getcwd()} & set(sys.path)  # else the working folder is no place for modules there either
+    ended = launch([sys.executable, *([] if here else ["-P"]), "-m", "rsmtdf_cli", name, *words], place)
+    for text in ended.said:
+        typer.echo(text, err=True)
+    if ended.code:
+        raise SystemExit(ended.code)
+    return True
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 @contextmanager
 def one_voice() -> Iterator[bool]:
-    """Yield whether this process speaks: of several that ``torchrun`` started the first one does.
+    """Yield whether this process speaks: of several that were started together the first one does.
 
-    Another one ends silently where all of them stop, and says which one it is where an error may be its own alone.
+    Another one ends silently where all of them stop, and says which one it is where an error may be its own alone. One
+    that ends because another one did leaves it to ``launch`` to say so, where that has started them.
     """
+    from rsmtdf_train.launcher import PEER_GONE, PeerGone, is_launched
+
     rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    if not (rank.isdecimal() and count.isdecimal()) or int(rank) == 0:
-        yield True
-        return
+    speaks = not (rank.isdecimal() and count.isdecimal()) or int(rank) == 0
     try:
-        yield False
+        yield speaks
     except Interrupted as error:
+        if speaks:
+            raise
         raise SystemExit(error.exit_code) from None
     except RsmtdfError as error:
-        error.args = (f"process {rank} (of 0 to {int(count) - 1}): {error}",)
+        if isinstance(error, PeerGone) and is_launched():
+            raise SystemExit(PEER_GONE) from None
+        if not speaks:
+            error.args = (f"process {rank} (of 0 to {int(count) - 1}): {error}",)
         raise
 
 

@@ -10,25 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from rsmtdf_cache.calibrate import Calibrator, check_given, own_calibrations, read_calibrations
+from rsmtdf_cache.destination import Destination, destination_of
 from rsmtdf_cache.encode import TileReader
 from rsmtdf_cache.errors import DataError, Interrupted, RsmtdfError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
-from rsmtdf_cache.files import build_lock, disk_errors, replace_json
+from rsmtdf_cache.files import replace_json
 from rsmtdf_cache.forecast import Measured, compared, find_measured, forecast, teacher_work, tiles_sampled
-from rsmtdf_cache.head import load_whole, write_head
+from rsmtdf_cache.head import load_whole
 from rsmtdf_cache.index import Quarantined, index_tiles, new_records
-from rsmtdf_cache.layout import ArraySet, StorePaths
+from rsmtdf_cache.layout import ArraySet
 from rsmtdf_cache.ledger import TAIL_MAX, Ledger
-from rsmtdf_cache.manifest import Manifest, create_manifest, load_manifest, refuse_foreign_content
+from rsmtdf_cache.manifest import Manifest, create_manifest, load_manifest
 from rsmtdf_cache.pixel_units import store_unit
 from rsmtdf_cache.pixels import PIXEL_PROFILE, PIXELS, pixel_specs
 from rsmtdf_cache.plan import (
     TeacherJob,
     TeacherLoader,
     array_sets,
-    check_space,
     decide_group_rows,
     decide_profile,
+    largest_unit_nbytes,
     pending_nbytes,
     plan_teacher,
     refuse_other_content,
@@ -45,8 +46,8 @@ from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cache.teachers.base import Teacher
 from rsmtdf_cache.tiles import TileRecord
 from rsmtdf_cache.upkeep.canary import check_canary, will_grow
+from rsmtdf_cache.watch import leave_note
 from rsmtdf_cache.work import Bench, Executor, InProcess, Tally, Unit
-from rsmtdf_cache.writer import clear_drafts
 
 __all__ = ["BuildReport", "build_store", "calibrator_of", "judge_tiles", "refuse_store_among_tiles"]
 
@@ -58,7 +59,7 @@ class BuildReport:
     ``workers``: what each of them did. ``failures``: workers that were lost or left out, and why, for people.
     """
 
-    store: Path
+    store: Path | str
     tiles: int
     quarantined: list[Quarantined]
     arrays: list[dict[str, Any]]
@@ -92,77 +93,79 @@ def build_store(
     measured: Measured | None = None,
     executor: Executor | None = None,
 ) -> BuildReport:
-    """Build, continue or extend the store ``request.out`` and return what was done.
+    """Build, continue or extend the store ``request.out``, a folder or a URL, and return what was done.
 
     ``load_teacher``: how a name becomes a teacher (default: ``rsmtdf_cache.teachers.load``), for teachers of your own.
     ``measured``: what a plan measured, for the report to compare with (default: the latest plan of the same build).
     ``executor``: where units are computed (default: in this process); ``rsmtdf_cache.cluster`` has others.
     Raises ``DataError`` (dataset), ``MismatchError`` (the store holds something else), ``ResourceError`` (disk,
-    weights), ``UsageError`` (request), ``Interrupted`` (Ctrl-C, SIGTERM): committed units stay in every case.
+    weights, network), ``UsageError`` (request), ``Interrupted`` (Ctrl-C, SIGTERM): committed units stay in every case.
     """
-    with executor or InProcess() as place:
-        return _build(request, on_event, load_teacher, measured, place)
+    with executor or InProcess() as place, destination_of(request.out) as store:
+        return _build(request, on_event, load_teacher, measured, place, store)
 
 
 def _build(
     request: BuildRequest, on_event: EventSink, load_teacher: TeacherLoader | None, measured: Measured | None,
-    executor: Executor,
+    executor: Executor, store: Destination,
 ) -> BuildReport:  # fmt: skip
     started = time.perf_counter()
     source = open_source(request.data)
     refuse_store_among_tiles(request)
+    store.refuse_held()
     source.check(request.splits)
     records, quarantined = index_tiles(source, source.tiles(request.splits), on_event)
     judge_tiles(records, quarantined, request, on_event)
-    paths = StorePaths(request.out)
     jobs = [plan_teacher(asked, request, source.tile_px, load_teacher) for asked in request.teachers]
     pixels = pixel_specs(source) if request.pixels else []
     specs = pixels + [s for job in jobs for s in job.specs]
     measured = measured or find_measured(request, specs)
-    report = BuildReport(request.out, len(records), quarantined, [])
-    known = load_whole(paths) if paths.manifest.is_file() else None
+    report = BuildReport(request.out if isinstance(request.out, Path) else store.shown, len(records), quarantined, [])
+    now = store.look()
+    known = load_whole(now) if now.manifest.is_file() else None
     if known is not None:
-        refuse_other_content(load_manifest(paths), known, specs, source, request)
+        refuse_other_content(load_manifest(now), known, specs, source, request)
     check_given(read_calibrations(request.calibration), specs, own_calibrations(known) if known is not None else [])
-    with disk_errors(request.out):
-        refuse_foreign_content(request.out)
-        request.out.mkdir(parents=True, exist_ok=True)
-        on_wait = lambda: on_event(Warned(f"another build holds {request.out}; waiting for it to end"))  # noqa: E731
-        with build_lock(paths.lock, on_wait):
-            clear_drafts(paths)
-            manifest = create_manifest(paths, _manifest(source, decide_group_rows(request, paths, specs)))
-            try:
-                _run(request, source, records, jobs, pixels, paths, manifest, report, on_event, measured, executor)
-            except KeyboardInterrupt:
-                raise Interrupted(
-                    f"stopped; {report.units_before + report.units} shard groups of {request.out} are safe, "
-                    "the same command continues"
-                ) from None
-            finally:
-                clear_drafts(paths)
-    report.seconds = time.perf_counter() - started
-    store = FeatureStore.open(request.out, verify_reads="never")
-    report.snapshot = store.snapshot
+    with store.hold(on_event):
+        paths = store.paths
+        manifest = create_manifest(paths, _manifest(source, decide_group_rows(request, paths, specs)))
+        begun: dict[Unit, None] = {}  # and not committed
+        try:
+            _run(request, source, records, jobs, pixels, store, manifest, report, on_event, measured, executor, begun)
+        except BaseException as error:
+            if begun or report.units or isinstance(error, KeyboardInterrupt):
+                with contextlib.suppress(OSError, RsmtdfError):  # what is committed can be pulled, with room for it
+                    store.leave(manifest, begun)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            raise Interrupted(
+                f"stopped; {report.units_before + report.units} shard groups of {store.shown} are safe, "
+                "the same command continues"
+            ) from None
+        report.seconds = time.perf_counter() - started
+        built = FeatureStore.open(paths.root, verify_reads="never")
+    report.snapshot = built.snapshot
     register_store(request.out, request.data, manifest.dataset, on_event)
-    asked, described = {str(s.key) for s in specs}, store.describe()
+    asked, described = {str(s.key) for s in specs}, built.describe()
     report.arrays = [a for a in described["arrays"] + described["pixels"] if a["key"] in asked]
     return report
 
 
 def _run(
     request: BuildRequest, source: TileSource, records: list[TileRecord], jobs: list[TeacherJob],
-    pixels: list[FeatureSpec], paths: StorePaths, manifest: Manifest, report: BuildReport, on_event: EventSink,
-    measured: Measured | None, executor: Executor,
+    pixels: list[FeatureSpec], store: Destination, manifest: Manifest, report: BuildReport, on_event: EventSink,
+    measured: Measured | None, executor: Executor, begun: dict[Unit, None],
 ) -> None:  # fmt: skip
+    paths = store.paths
     ledger = load_whole(paths)
     # Again, under the lock: another builder may have been here since.
     specs = pixels + [s for job in jobs for s in job.specs]
     refuse_other_content(manifest, ledger, specs, source, request)
-    fresh = new_records(ledger.table, records, request.out)
+    fresh = new_records(ledger.table, records, store.shown)
     for job in jobs:  # before anything is written: a teacher that changed without a name adds nothing
         if will_grow(ledger, job.specs, [r.id for r in records], manifest.group_rows):
             reader = TileReader(source, ledger.table)
-            check_canary(job.teacher, ledger, reader, manifest.group_rows, on_event=on_event)
+            check_canary(job.teacher, ledger, reader, manifest.group_rows, on_event=on_event, fetch=store.fetch)
     if fresh:
         first_row = -(-len(ledger.table) // manifest.group_rows) * manifest.group_rows
         ledger.add_tiles(first_row, fresh)
@@ -185,29 +188,24 @@ def _run(
                 known = calibrator.run(teacher, arrays, profile)
                 digests = {layer: ledger.add_calibration(c) for layer, c in sorted(known.calibrations.items())}
                 ledger.add_set(arrays, profile, digests, known.quality)
-    write_head(paths, manifest, ledger, final=False)
-    everything = pixel_sets + [a for _, sets in planned for a in sets]
-    check_space(request.out, ledger, everything, groups, manifest.group_rows)
+    store.write_head(manifest, ledger, final=False)
+    everything, rows = pixel_sets + [a for _, sets in planned for a in sets], manifest.group_rows
+    store.check_space(pending_nbytes(ledger, everything, groups, rows), largest_unit_nbytes(everything, rows))
     work = [w for t, sets in planned for w in teacher_work(t.spec, sets, groups, ledger, manifest.group_rows, sampled)]
     pixel_nbytes = pending_nbytes(ledger, pixel_sets, groups, manifest.group_rows)
     ahead = forecast(work, measured, pixel_nbytes) if measured else None
     report.planned_nbytes = sum(w.nbytes for w in work) + pixel_nbytes
     report.planned_seconds = ahead.seconds if ahead else None
-    try:
-        _run_pixels(request, pixel_sets, groups, ledger, manifest, reader, report, on_event)
-        bench = _bench(request, source, planned, groups, ledger, manifest, reader)
-        _encode(bench, planned, groups, report, on_event, executor)
-    except BaseException:
-        with contextlib.suppress(OSError, RsmtdfError):  # so that what is committed can be pulled, where there is room
-            write_head(paths, manifest, ledger, final=False)
-        raise
+    _run_pixels(request, pixel_sets, groups, ledger, manifest, reader, report, on_event, store, begun)
+    bench = _bench(request, source, planned, groups, ledger, manifest, reader, store)
+    _encode(bench, planned, groups, report, on_event, executor, manifest, begun)
     ledger.compact()
-    write_head(paths, manifest, ledger)
+    store.write_head(manifest, ledger)
 
 
 def _run_pixels(
     request: BuildRequest, sets: list[ArraySet], groups: list[int], ledger: Ledger, manifest: Manifest,
-    reader: TileReader, report: BuildReport, on_event: EventSink,
+    reader: TileReader, report: BuildReport, on_event: EventSink, store: Destination, begun: dict[Unit, None],
 ) -> None:  # fmt: skip
     """Store what is pending of the tiles' pixels, here and before teachers, which take longer."""
     if not sets:
@@ -217,16 +215,19 @@ def _run_pixels(
     total, left = sum(sizes.values()) * len(sets), sum(sizes[g] for g, _ in pending)
     report.units_before += len(groups) * len(sets) - len(pending)
     on_event(ProgressStart(PIXELS, PIXELS, total, total - left))
-    started = time.perf_counter()
+    started, publish = time.perf_counter(), store.publisher(ledger)
     for group, arrays in pending:
         rows = rows_of_group(ledger.table, group, manifest.group_rows)
-        for nbytes in store_unit(arrays, group, rows, ledger, manifest.group_rows, reader, request.decoders):
+        unit = Unit(arrays.id, group, len(rows))
+        begun[unit] = None
+        for nbytes in store_unit(arrays, group, rows, ledger, manifest.group_rows, reader, request.decoders, publish):
             on_event(Progress(PIXELS, 1, nbytes))
             report.nbytes_written += nbytes
+        del begun[unit]
         report.units += 1
         report.nbytes_shards += sum(s.nbytes for s in ledger.commits[arrays.id][group].shards)
         if report.units % TAIL_MAX == 0:
-            ledger.compact()
+            store.fold(manifest, ledger)
     on_event(ProgressEnd(PIXELS))
     if left:
         report.rates[PIXELS] = left / (time.perf_counter() - started)
@@ -234,22 +235,28 @@ def _run_pixels(
 
 def _bench(
     request: BuildRequest, source: TileSource, planned: Sequence[tuple[Teacher, list[ArraySet]]], groups: list[int],
-    ledger: Ledger, manifest: Manifest, reader: TileReader,
+    ledger: Ledger, manifest: Manifest, reader: TileReader, store: Destination,
 ) -> Bench:  # fmt: skip
     """Return what computing the pending units takes. Raises ``MismatchError`` for numerics that are not the store's."""
     pending = {a.id: (t, a) for t, sets in planned for a in sets if not set(groups) <= ledger.commits[a.id].keys()}
     profiles = {n: settle_profile(request, t, ledger.sets[n].profile) for n, (t, _) in pending.items()}
     teachers = {n: t for n, (t, _) in pending.items()}
     asked = {a.id: who for who, (_, sets) in zip(request.teachers, planned, strict=True) for a in sets}
-    return Bench(request, source, ledger, manifest.group_rows, asked, teachers, profiles, reader)
+    publish = store.publisher(ledger)
+    return Bench(request, source, ledger, manifest.group_rows, asked, teachers, profiles, reader, publish, store)
 
 
 def _encode(
     bench: Bench, planned: Sequence[tuple[Teacher, list[ArraySet]]], groups: list[int], report: BuildReport,
-    on_event: EventSink, executor: Executor,
+    on_event: EventSink, executor: Executor, manifest: Manifest, begun: dict[Unit, None],
 ) -> None:  # fmt: skip
-    """Have every pending unit computed, teacher by teacher, wherever ``executor`` does that."""
+    """Have every pending unit computed, teacher by teacher, wherever ``executor`` does that.
+
+    ``begun``: is kept to the units that are begun and not committed.
+    """
     ledger, shares = bench.ledger, _shares(bench, planned, groups, report)
+    tiles = sum(len(rows_of_group(ledger.table, g, bench.group_rows)) for g in groups)
+    leave_note(ledger.paths, {name: (len(groups), tiles) for share in shares for name in share.set_ids})
     share_of = {set_id: share for share in shares for set_id in share.set_ids}
 
     def units() -> Iterator[Unit]:
@@ -258,7 +265,9 @@ def _encode(
             share.started = time.perf_counter()
             if not share.pending:
                 on_event(ProgressEnd(share.name))
-            yield from share.pending
+            for unit in share.pending:
+                begun[unit] = None
+                yield unit
 
     def on_tiles(unit: Unit, tiles: int, nbytes: int) -> None:
         on_event(Progress(share_of[unit.set_id].name, tiles, nbytes))
@@ -268,10 +277,11 @@ def _encode(
     with contextlib.closing(executor.run(bench, units(), on_tiles, on_event)) as found:
         for done in found:
             commit, share = ledger.adopt(done.commit), share_of[done.unit.set_id]
+            del begun[done.unit]
             report.units += 1
             report.nbytes_shards += sum(s.nbytes for s in commit.shards)
             if report.units % TAIL_MAX == 0:
-                ledger.compact()
+                bench.destination.fold(manifest, ledger)
             share.left -= 1
             if not share.left:
                 on_event(ProgressEnd(share.name))
@@ -328,7 +338,7 @@ def _manifest(source: TileSource, group_rows: int) -> Manifest:
 def refuse_store_among_tiles(request: BuildRequest) -> None:
     """Raise ``UsageError`` when the store would lie in a folder of the dataset's files."""
     for name in ("images", "masks", "splits"):
-        if request.out.resolve().is_relative_to((request.data / name).resolve()):
+        if isinstance(request.out, Path) and request.out.resolve().is_relative_to((request.data / name).resolve()):
             raise UsageError(f"--out {request.out}: lies among the {name} of the dataset; choose a folder of its own")
 
 

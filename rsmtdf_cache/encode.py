@@ -26,7 +26,7 @@ from rsmtdf_cache.teachers.base import Teacher
 from rsmtdf_cache.tiles import TileTable, pixel_digest
 from rsmtdf_cache.views import render
 from rsmtdf_cache.windows import Band, encode_bands, map_layers
-from rsmtdf_cache.writer import UnitWriter
+from rsmtdf_cache.writer import Publisher, UnitWriter
 
 __all__ = ["TileReader", "encode_batch", "encode_shown", "encode_unit", "shown_bands"]
 
@@ -130,11 +130,13 @@ def _begin(
 def encode_unit(
     teacher: Teacher, arrays: ArraySet, group: int, rows: Sequence[int], profile: NumericsProfile,
     ledger: Ledger, group_rows: int, reader: TileReader, decoders: int = 4, folder: Path | None = None,
+    publish: Publisher | None = None,
 ) -> Generator[int, None, None]:  # fmt: skip
     """Encode and commit one unit; yield the bytes of each tile as it is written.
 
     ``decoders``: tiles decoded at once. ``folder``: what permits it where another process holds the build lock
-    (``writer.grant``); once it is gone this ends with ``ResourceError`` at the next tile.
+    (``writer.grant``); once it is gone this ends with ``ResourceError`` at the next tile. ``publish``: what takes the
+    finished shards where the store is no folder.
 
     Micro-batches are the same however often the unit is begun, and the last one is padded by repeating its last tile,
     so a tile's bits do not depend on when or with how many others the build ran (decision 3). The next batch is
@@ -148,7 +150,7 @@ def encode_unit(
     with (
         ThreadPoolExecutor(decoders, "decode") as readers,
         ThreadPoolExecutor(1, "write") as behind,
-        UnitWriter(ledger, arrays, group, group_rows, profile, folder) as writer,
+        UnitWriter(ledger, arrays, group, group_rows, profile, folder, publish) as writer,
     ):
 
         def show(row: int) -> NDArray[np.uint8]:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from rsmtdf_cache.build import calibrator_of, judge_tiles, refuse_store_among_tiles
+from rsmtdf_cache.destination import Destination, destination_of
 from rsmtdf_cache.disk_speed import DiskSpeed, file_system_of, free_nbytes, measure_disk, scratch_folder
 from rsmtdf_cache.encode import TileReader, encode_unit
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
@@ -81,9 +82,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What ``cache build`` would do. ``arrays``: what it adds to each; ``unread``: tiles that nobody looked at."""
+    """What ``cache build`` would do. ``arrays``: what it adds to each; ``unread``: tiles that nobody looked at.
 
-    store: Path
+    ``needed_nbytes``: of the disk at hand; None: all that is added.
+    """
+
+    store: Path | str
     tiles: int
     quarantined: list[Quarantined]
     unread: int
@@ -92,6 +96,7 @@ class BuildPlan:
     work: list[TeacherWork]
     free_nbytes: int
     file_system: str
+    needed_nbytes: int | None = None
     disk: DiskSpeed | None = None
     measured: Measured | None = None
     forecast: Forecast | None = None
@@ -102,7 +107,7 @@ class BuildPlan:
 
     @property
     def fits(self) -> bool:
-        return self.nbytes <= self.free_nbytes
+        return (self.nbytes if self.needed_nbytes is None else self.needed_nbytes) <= self.free_nbytes
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON of ``cache plan`` and of ``cache build --dry-run``: a build's report, and ``plan``."""
@@ -142,9 +147,19 @@ def plan_build(
     ``measure``: False for arithmetic alone, without decoding a tile; then tiles that cannot be used are not known.
     Raises what ``build_store`` raises before it writes; a disk too small is a warning.
     """
+    with destination_of(request.out) as store:
+        return _plan_build(request, on_event, measure, load_teacher, probe, store)
+
+
+def _plan_build(
+    request: BuildRequest, on_event: EventSink, measure: bool, load_teacher: TeacherLoader | None, probe: Probe,
+    store: Destination,
+) -> BuildPlan:  # fmt: skip
     source = open_source(request.data)
     refuse_store_among_tiles(request)
-    refuse_foreign_content(request.out)
+    remote, here = not isinstance(request.out, Path), store.paths.root
+    if not remote:
+        refuse_foreign_content(here)
     looked = _look(source, request, on_event, _LOOK_AT_MOST if measure else 0)
     judge_tiles(looked.records + looked.unread, looked.quarantined, request, on_event)
     begun = time.perf_counter()
@@ -152,13 +167,13 @@ def plan_build(
     load_seconds = time.perf_counter() - begun
     pixels = pixel_specs(source) if request.pixels else []
     specs = pixels + [s for job in jobs for s in job.specs]
-    paths = StorePaths(request.out)
+    paths = store.look()
     group_rows = decide_group_rows(request, paths, specs)
     ledger = load_whole(paths) if paths.manifest.is_file() else Ledger(paths)
     if paths.manifest.is_file():
         refuse_other_content(load_manifest(paths), ledger, specs, source, request)
     records = looked.records + looked.unread
-    _add_tiles(ledger, looked, request.out, group_rows)
+    _add_tiles(ledger, looked, store.shown, group_rows)
     ledger.dropped -= set(revivable(ledger, specs))
     groups = sorted({ledger.table.row_of(r.id) // group_rows for r in records})
     pixel_nbytes = pending_nbytes(ledger, array_sets(pixels, ledger), groups, group_rows)
@@ -175,14 +190,17 @@ def plan_build(
         scales = {arrays.specs[0].view.scale: arrays for arrays in reversed(sets)}
         pending += [(job.teacher, scales[item.scale]) for item in found if item.batches]
     plan = BuildPlan(
-        request.out, len(records), looked.quarantined, len(looked.unread),
+        store.shown if remote else here, len(records), looked.quarantined, len(looked.unread),
         [planned_array(s, records, group_rows, ledger) for s in specs],
         all(s.encoding.compressor == "none" for s in specs), work,
-        free_nbytes(request.out), file_system_of(scratch_folder(request.out)),
+        free_nbytes(here), file_system_of(scratch_folder(here)),
     )  # fmt: skip
+    if remote:  # of two units at most there are drafts here
+        largest = max((sum(unit_nbytes(s, group_rows, group_rows) for s in a.specs) for _, a in pending), default=0)
+        plan = replace(plan, needed_nbytes=min(plan.nbytes, 2 * largest))
     if not plan.fits:
         on_event(Warned(
-            f"{request.out}: the build needs {plan.nbytes / 1e9:.2f} GB more, the disk has "
+            f"{here}: the build needs {(plan.needed_nbytes or plan.nbytes) / 1e9:.2f} GB more, the disk has "
             f"{plan.free_nbytes / 1e9:.2f} GB free; free some space, or ask for fewer layers, scales or orientations"
         ))  # fmt: skip
     if not measure:
@@ -191,8 +209,8 @@ def plan_build(
     def alive() -> None:  # a signal to stop is seen at events
         on_event(Progress("measure", 0))
 
-    with disk_errors(request.out):
-        folder = scratch_folder(request.out)
+    with disk_errors(here):
+        folder = scratch_folder(here)
         try:
             on_event(ProgressStart("measure", "measuring disk and teachers", 1 + len(pending), unit="rates"))
             disk = measure_disk(folder, probe.seconds, probe.disk_nbytes, lambda event: alive())
@@ -208,8 +226,10 @@ def plan_build(
                 raise
             disk = None
     if disk is None:
-        on_event(Warned(f"{request.out}: too little room on the disk to measure anything; sizes alone are planned"))
+        on_event(Warned(f"{here}: too little room on the disk to measure anything; sizes alone are planned"))
         return plan
+    if remote:
+        on_event(Warned(f"the way to {store.shown} was not measured: where it is slower than this disk, it limits"))
     measured = Measured(
         tuple(rates), disk.write_nbytes_per_s, disk.read_nbytes_per_s, looked.seconds_ahead, load_seconds
     )
@@ -262,7 +282,7 @@ def _spread(items: Sequence[Tile], at_most: int) -> list[Tile]:
     return [items[i * len(items) // at_most] for i in range(at_most)]
 
 
-def _add_tiles(ledger: Ledger, looked: _Looked, out: Path, group_rows: int) -> None:
+def _add_tiles(ledger: Ledger, looked: _Looked, out: str, group_rows: int) -> None:
     """Give new tiles their rows, in memory. Raises ``MismatchError`` for tiles whose pixels changed."""
     fresh = new_records(ledger.table, looked.records, out)
     fresh += [r for r in looked.unread if r.id not in ledger.table]

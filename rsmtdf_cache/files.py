@@ -33,6 +33,7 @@ __all__ = [
     "observe",
     "publish_json",
     "read_json",
+    "record_bytes",
     "remove_file",
     "rename_file",
     "replace_file",
@@ -143,7 +144,7 @@ def publish_json(
     if not licence:
         make_folders(tmp)
     draft = tmp / f"{path.name}.{uuid.uuid4().hex}"
-    _write_durably(draft, _with_checksum(value))
+    _write_durably(draft, record_bytes(value))
     try:
         after_step(5)
         if not link_file(draft, path):
@@ -158,10 +159,11 @@ def publish_json(
 
 def replace_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` with its own checksum to ``path`` by atomic replace: for what is derived and may change."""
-    replace_file(path, _with_checksum(value))
+    replace_file(path, record_bytes(value))
 
 
-def _with_checksum(value: Mapping[str, Any]) -> bytes:
+def record_bytes(value: Mapping[str, Any]) -> bytes:
+    """Return the bytes of the record ``value``, with its own checksum."""
     body = {**value, "checksum": digest_of(value)}
     return (json.dumps(body, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 

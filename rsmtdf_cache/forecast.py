@@ -310,7 +310,8 @@ def find_measured(request: BuildRequest, specs: Sequence[FeatureSpec]) -> Measur
 
 
 def _memo(request: BuildRequest, specs: Sequence[FeatureSpec]) -> Path:
-    asked = [str(request.data.resolve()), str(request.out.resolve()), platform.node(), request.device or ""]
+    out = str(request.out.resolve()) if isinstance(request.out, Path) else request.out
+    asked = [str(request.data.resolve()), out, platform.node(), request.device or ""]
     numerics = [request.precision or "", request.micro_batch or 0, request.threads or 0]
     name = digest_of([asked, numerics, sorted(s.digest() for s in specs)])[:16]
     return cache_home() / "plans" / f"{name}.json"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 
 from rsmtdf_cache.errors import MismatchError, TileError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart
@@ -15,7 +17,10 @@ from rsmtdf_cache.tiles import TileRecord, TileTable, pixel_digest
 
 __all__ = ["Quarantined", "index_tiles", "new_records"]
 
-_WORKERS = 8
+#: Tiles looked at at once: PIL and hashing let other threads work. A few files wait for a network disk on one core too.
+_WORKERS = max(8, min(os.cpu_count() or 1, 32))
+#: Tiles asked for before the first one's answer is waited for.
+_AHEAD = 4 * _WORKERS
 
 
 @dataclass(frozen=True)
@@ -34,19 +39,27 @@ def index_tiles(
     quarantined: list[Quarantined] = []
     on_event(ProgressStart("index", "reading tiles", len(tiles)))
     digests = TileDigests(source)
-    with ThreadPoolExecutor(_WORKERS) as pool:
-        for found in pool.map(lambda tile: _look(source, tile, digests), tiles):
-            if isinstance(found, TileRecord):
-                records.append(found)
-            else:
-                quarantined.append(found)
-            on_event(Progress("index", 1))
-    digests.save()
+    waiting: deque[Future[TileRecord | Quarantined]] = deque()  # never a future for each of ten million tiles
+    try:
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            coming = iter(tiles)
+            while True:
+                waiting += [pool.submit(_look, source, t, digests) for t in islice(coming, _AHEAD - len(waiting))]
+                if not waiting:
+                    break
+                found = waiting.popleft().result()
+                if isinstance(found, TileRecord):
+                    records.append(found)
+                else:
+                    quarantined.append(found)
+                on_event(Progress("index", 1))
+    finally:
+        digests.save()  # whoever stops an hour's look begins where it was
     on_event(ProgressEnd("index"))
     return records, quarantined
 
 
-def new_records(table: TileTable, records: Sequence[TileRecord], store: Path) -> list[TileRecord]:
+def new_records(table: TileTable, records: Sequence[TileRecord], store: str) -> list[TileRecord]:
     """Return those of ``records`` that the table lacks.
 
     Raises ``MismatchError`` when a tile of the table has other pixels now: its features would be another picture's.

@@ -64,6 +64,10 @@ class StorePaths:
         return self.ledger / "build.lock"
 
     @property
+    def lease(self) -> Path:
+        return self.ledger / "lease.json"
+
+    @property
     def head(self) -> Path:
         return self.ledger / "head.json"
 

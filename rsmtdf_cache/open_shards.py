@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -42,6 +42,11 @@ class ArrayShards:
         """
         shard = self.opened.get(group)
         return self._owner.open(self, group) if shard is None or self._compares else shard
+
+    def fetch_soon(self, group: int) -> bool:
+        """Have a shard that is not open fetched meanwhile where the store is remote; return whether that was new."""
+        record = self.records.get(group)
+        return record is not None and self._owner.fetch_soon(self, group, record)
 
 
 class OpenShards:
@@ -85,10 +90,31 @@ class OpenShards:
         with self.lock:
             shard = shards.opened.get(group)
             if shard is None:
-                shard = shards.opened[group] = self._open_shard(shards.key, group, shards.part, record)
+                try:
+                    shard = shards.opened[group] = self._open_shard(shards.key, group, shards.part, record)
+                finally:
+                    if self._mirror is not None:
+                        self._mirror.taken(record)
             elif self.verify_reads == "always":
                 _compare(shard, record)
             return shard
+
+    def fetch_soon(self, shards: ArrayShards, group: int, record: ShardRecord) -> bool:
+        """Have a shard of a remote store fetched meanwhile; return whether that was new."""
+        if self._mirror is None:
+            return False
+        place = self._paths.shard(shards.key, group, shards.part)
+        return self._mirror.fetch_soon(record, place, lambda: group not in shards.opened)
+
+    def nbytes(self, keys: Iterable[FeatureKey], groups: Collection[int]) -> int:
+        """Return the bytes of the committed shards of ``keys`` that hold ``groups``; those held in memory are none."""
+        some = [self.of(key, part) for key in keys for part in parts_of(self._specs[key])]
+        return sum(
+            record.nbytes
+            for shards in some
+            for group, record in shards.records.items()
+            if group in groups and not (group in shards.opened and shards.opened[group].in_memory)
+        )
 
     def hold(self, key: FeatureKey, group: int, part: Part) -> int:
         """Read a committed shard from memory from now on, and return its bytes. Raises as ``get`` does.

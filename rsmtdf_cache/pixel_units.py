@@ -5,32 +5,36 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.codecs import Codes
-from rsmtdf_cache.encode import TileReader
 from rsmtdf_cache.layout import ArraySet
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.pixels import PIXEL_PROFILE, RGB, VALID
 from rsmtdf_cache.shard import ShardReader
 from rsmtdf_cache.tiles import TileTable, pixel_digest
-from rsmtdf_cache.writer import UnitWriter
+from rsmtdf_cache.writer import Publisher, UnitWriter
+
+if TYPE_CHECKING:
+    from rsmtdf_cache.encode import TileReader
 
 __all__ = ["changed_tile", "read_codes", "store_unit"]
 
 
 def store_unit(
     arrays: ArraySet, group: int, rows: Sequence[int], ledger: Ledger, group_rows: int, reader: TileReader,
-    workers: int = 4,
+    workers: int = 4, publish: Publisher | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """Write and commit the pixels of one row group; yield the bytes of each tile as it is written.
 
+    ``publish``: what takes the finished shards where the store is no folder.
     Raises ``DataError`` for a tile whose pixels are not those of the tile table any more; nothing is kept then.
     """
     layers = [s.layer.name for s in ledger.live(arrays.id)]
-    with UnitWriter(ledger, arrays, group, group_rows, PIXEL_PROFILE) as writer:
+    with UnitWriter(ledger, arrays, group, group_rows, PIXEL_PROFILE, publish=publish) as writer:
         for row, codes in read_codes(layers, rows, reader, workers):
             yield writer.add_stored(row, ledger.table.record(row).id, codes)
         writer.commit(rows[-1] + 1)

@@ -11,7 +11,6 @@ import torch
 
 from rsmtdf_cache.codecs import codec_class, codec_name
 from rsmtdf_cache.errors import MismatchError, UsageError
-from rsmtdf_cache.files import require_space
 from rsmtdf_cache.fixed_views import fixed_views
 from rsmtdf_cache.layout import ArraySet, StorePaths, choose_group_rows, unit_nbytes
 from rsmtdf_cache.ledger import Ledger
@@ -28,9 +27,9 @@ __all__ = [
     "TeacherJob",
     "TeacherLoader",
     "array_sets",
-    "check_space",
     "decide_group_rows",
     "decide_profile",
+    "largest_unit_nbytes",
     "load_asked",
     "pending_nbytes",
     "plan_teacher",
@@ -221,12 +220,6 @@ def planned_array(
     }  # fmt: skip
 
 
-def check_space(out: Path, ledger: Ledger, sets: list[ArraySet], groups: list[int], group_rows: int) -> None:
-    """Raise ``ResourceError`` when the disk has less room than the pending units need."""
-    need = pending_nbytes(ledger, sets, groups, group_rows)
-    require_space(out, need, "build", "free some space, or ask for fewer layers, scales or orientations")
-
-
 def pending_nbytes(ledger: Ledger, sets: list[ArraySet], groups: list[int], group_rows: int) -> int:
     """Return the bytes of the units of ``sets`` in ``groups`` that are not committed; compressed ones count in full."""
     nbytes = 0
@@ -236,6 +229,11 @@ def pending_nbytes(ledger: Ledger, sets: list[ArraySet], groups: list[int], grou
                 rows = len(rows_of_group(ledger.table, group, group_rows))
                 nbytes += sum(unit_nbytes(s, group_rows, rows) for s in arrays.specs)
     return nbytes
+
+
+def largest_unit_nbytes(sets: Sequence[ArraySet], group_rows: int) -> int:
+    """Return the bytes of the largest unit that ``sets`` can have, 0 when there are none."""
+    return max((sum(unit_nbytes(s, group_rows, group_rows) for s in a.specs) for a in sets), default=0)
 
 
 def rows_of_group(table: TileTable, group: int, group_rows: int) -> list[int]:
@@ -267,7 +265,7 @@ def settle_profile(request: BuildRequest, teacher: Teacher, recorded: NumericsPr
     if wanted != recorded and not request.allow_mixed:
         fields = "\n  ".join(differing_fields(recorded.to_json(), wanted.to_json()))
         raise MismatchError(
-            f"{request.out}: this machine encodes with other numerics than the store's:\n  {fields}\n"
+            f"{request.shown}: this machine encodes with other numerics than the store's:\n  {fields}\n"
             "its bits would differ; continue where the store was begun, or accept it with --allow-mixed"
         )
     return wanted

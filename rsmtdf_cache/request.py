@@ -48,7 +48,7 @@ class BuildRequest(_Asked):
     """``cache build`` as a value. ``None`` means: decided at build time (device, precision, batch, group size)."""
 
     data: Path
-    out: Path
+    out: Path | str = Field(description="a folder, or the URL of an object store")
     teachers: tuple[TeacherAsked, ...] = ()
     pixels: bool = Field(default=False, description="store the tiles' decoded pixels too; then no teacher is needed")
     splits: tuple[str, ...] = Field(default=("train",), min_length=1)
@@ -73,6 +73,23 @@ class BuildRequest(_Asked):
     strict: bool = False
     allow_mixed: bool = False
 
+    @field_validator("out", mode="before")
+    @classmethod
+    def _folder_or_url(cls, value: object) -> object:
+        """A URL stays text: a path would lose one of its slashes. Raises ``UsageError`` for one to read from only."""
+        if not isinstance(value, str) or "://" not in value:
+            return Path(value) if isinstance(value, str) else value
+        from rsmtdf_cache.share.address import Address
+
+        address = Address.parse(value)
+        if address.snapshot is not None:
+            raise UsageError(f"{address.shown}: a build goes to a place, not to a snapshot; write it without @SNAPSHOT")
+        if address.is_http:
+            raise UsageError(
+                f"{address.shown}: can only be read; build into a folder or an object store (s3://bucket/store)"
+            )
+        return address.path if address.is_local else value
+
     @field_validator("teachers", mode="before")
     @classmethod
     def _teachers_by_name(cls, value: object) -> object:
@@ -90,6 +107,15 @@ class BuildRequest(_Asked):
         if len(set(names)) != len(names):
             raise ValueError(f"a teacher stands twice in {', '.join(names)}")
         return self
+
+    @property
+    def shown(self) -> str:
+        """Where the store is to be, for people: a URL without its secrets."""
+        if isinstance(self.out, Path):
+            return str(self.out)
+        from rsmtdf_cache.share.address import Address
+
+        return Address.parse(self.out).shown
 
     def encoding(self, teacher: TeacherAsked) -> EncodingSpec:
         """Return how the features of one teacher become bytes. Raises ``UsageError`` for an unknown codec."""

@@ -47,6 +47,8 @@ def hold_in_memory(
         )
     held = 0
     on_event(ProgressStart("hold", "copying the store into memory", len(wanted), unit="shards"))
+    for key, group, part, _ in wanted:
+        store.shards.of(key, part).fetch_soon(group)
     for key, group, part, record in wanted:
         held += store.shards.hold(key, group, part)
         on_event(Progress("hold", 1, record.nbytes))

@@ -134,6 +134,11 @@ class FeatureStore:
         return str(self.path) if self._mirror is None else self._mirror.address.shown
 
     @property
+    def remote(self) -> bool:
+        """Whether shards are fetched from another machine when they are first read."""
+        return self._mirror is not None
+
+    @property
     def shards(self) -> OpenShards:
         """Its mapped shards, for readers that need no copy (``StoredPixels``) or another place (``residency``)."""
         return self._shards
@@ -292,18 +297,20 @@ class FeatureStore:
                     into[place] = array.layouts[part].fill
 
     def will_read(self, key: FeatureKey, rows: Iterable[int]) -> int:
-        """Let the system fetch the maps of ``rows`` from the disk meanwhile, each of them once.
+        """Let the system fetch the maps of ``rows`` from the disk meanwhile, each once, or their shards from a server.
 
         Advice: it opens no shard, changes nothing that is read, and costs little when all of it lies in memory.
-        ``rows`` are rows of the store. Return how many maps, of codes or scales, were asked for.
+        ``rows`` are rows of the store. Return how many maps (of codes or scales) and remote shards were asked for.
         """
         group_rows, new = self.manifest.group_rows, 0
-        opened = [shards.opened for shards in self._array(key).shards.values()]
+        parts = [(shards, shards.opened) for shards in self._array(key).shards.values()]
         for row in rows:
             group, offset = divmod(row, group_rows)
-            for shards in opened:
-                if (shard := shards.get(group)) is not None:
+            for shards, opened in parts:
+                if (shard := opened.get(group)) is not None:
                     new += shard.will_read((offset,))
+                elif self.remote:
+                    new += shards.fetch_soon(group)
         return new
 
     def left_memory(self) -> None:
@@ -350,10 +357,7 @@ class FeatureStore:
         return read_crops(self, key, rows, boxes, grid, orientation, approximate)
 
     def to_xarray(self, chunks: Literal["shard"] | None = None) -> xarray.DataTree:
-        """Return the store as an ``xarray.DataTree`` of lazily read, labelled arrays.
-
-        ``chunks="shard"``: features and scales as dask arrays, one chunk a shard, so that a task reads one file.
-        """
+        """Return the store as an ``xarray.DataTree`` of lazily read arrays; ``chunks="shard"``: dask arrays, so cut."""
         if self._mirror is not None:
             raise UsageError(
                 f"{self.shown}: a remote store is read shard by shard; bring it here with `rsmtdf cache pull` to open "
@@ -362,6 +366,17 @@ class FeatureStore:
         from rsmtdf_cache.xarray_view import open_tree
 
         return open_tree(self.paths.zarr, self.manifest.group_rows if chunks == "shard" else None)
+
+    def to_dataarray(self, key: FeatureKey) -> xarray.DataArray:
+        """Return ``key`` as ``read`` does, lazily: ``(tile, y, x, channel)`` float16, one dask chunk for each shard.
+
+        In the teacher's own scale; NaN where nothing is committed. Shards are not compared with their checksums.
+        Raises ``UsageError`` for a key that is not there, and as ``to_xarray`` does.
+        """
+        from rsmtdf_cache.xarray_view import decoded
+
+        spec = self.spec(key)  # a key that is not there is told of
+        return decoded(self.to_xarray(chunks="shard")[str(key)].to_dataset(), self.codec(key), spec.layer.channels)
 
     def describe(self) -> dict[str, Any]:
         """Return what ``cache info`` shows, as JSON data: ``describe.describe_store``."""

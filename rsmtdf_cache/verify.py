@@ -212,7 +212,7 @@ def _moved(found: Survey, path: str) -> bool:
 def _unlisted(found: Survey, builder: bool) -> Iterator[Finding]:
     """Yield links, files that nothing lists, and shards that no record names."""
     paths, ledger = found.paths, found.ledger
-    listed = {paths.relative(p) for p in (*record_files(paths), paths.head, paths.lock)}
+    listed = {paths.relative(p) for p in (*record_files(paths), paths.head, paths.lock, paths.lease)}
     listed |= {paths.relative(p) for p in paths.pins.glob("*.json") if not p.name.startswith(".")}
     listed |= {s.path for known in ledger.generations.values() for c in known.values() for s in c.shards}
     listed |= set(found.head.files) if found.head is not None else set()

@@ -12,6 +12,7 @@ from typing import Protocol, Self
 
 import torch
 
+from rsmtdf_cache.destination import Destination, FolderDestination
 from rsmtdf_cache.encode import TileReader, encode_unit
 from rsmtdf_cache.events import EventSink
 from rsmtdf_cache.ledger import Ledger
@@ -21,6 +22,7 @@ from rsmtdf_cache.request import BuildRequest, TeacherAsked
 from rsmtdf_cache.sources.base import TileSource
 from rsmtdf_cache.specs import NumericsProfile
 from rsmtdf_cache.teachers.base import Teacher
+from rsmtdf_cache.writer import Publisher
 
 __all__ = ["Bench", "Executor", "InProcess", "OnTiles", "Tally", "Unit", "UnitDone", "compute"]
 
@@ -70,7 +72,10 @@ class Tally:
 
 @dataclass
 class Bench:
-    """All that a process needs to compute units of a build. ``asked``, ``teachers`` and ``profiles``: by array set."""
+    """All that a process needs to compute units of a build. ``asked``, ``teachers`` and ``profiles``: by array set.
+
+    ``publish``: what takes a unit's shards where the store is no folder. ``store``: where other processes' units go.
+    """
 
     request: BuildRequest
     source: TileSource
@@ -80,6 +85,13 @@ class Bench:
     teachers: Mapping[str, Teacher]
     profiles: Mapping[str, NumericsProfile]
     reader: TileReader = field(repr=False)
+    publish: Publisher | None = field(default=None, repr=False)
+    store: Destination | None = field(default=None, repr=False)
+
+    @property
+    def destination(self) -> Destination:
+        """Where the store is; the folder of the ledger when nothing else was said."""
+        return self.store or FolderDestination(self.ledger.paths.root)
 
 
 #: Told while a unit is computed: ``(unit, tiles, nbytes)`` more of it; less than nothing when a worker was lost.
@@ -154,7 +166,7 @@ def compute(bench: Bench, unit: Unit, on_tile: Callable[[int], None], folder: Pa
         with contextlib.closing(
             encode_unit(
                 teacher, arrays, unit.group, rows, profile, ledger, bench.group_rows, bench.reader,
-                bench.request.decoders, folder,
+                bench.request.decoders, folder, bench.publish,
             )
         ) as tiles:  # fmt: skip
             for nbytes in tiles:

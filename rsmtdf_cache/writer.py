@@ -23,10 +23,13 @@ from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.errors import MismatchError, ResourceError
 from rsmtdf_cache.files import fsync_folder, link_file, make_folders, no_step, rename_file, sha256_file
 from rsmtdf_cache.layout import ArraySet, StorePaths
-from rsmtdf_cache.ledger import Commit, Ledger
+from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.specs import NumericsProfile
 
-__all__ = ["UnitWriter", "begin", "clear_drafts", "grant", "revoke", "withdraw"]
+__all__ = ["Publisher", "UnitWriter", "begin", "clear_drafts", "grant", "revoke", "withdraw"]
+
+#: Publishes the finished drafts of a unit, ``{draft: the shard it is}``, and returns the commit that counts.
+Publisher = Callable[[Mapping[Path, ShardRecord], Commit], Commit]
 
 
 #: So often a folder is emptied before that counts as impossible.
@@ -111,15 +114,17 @@ class UnitWriter:
     """Collects the maps of one unit and commits them. Leaving the block without ``commit()`` leaves no trace.
 
     ``folder``: what permits this attempt (``grant``), None where the caller holds the build lock. Once it is gone,
-    everything here raises ``ResourceError``.
+    everything here raises ``ResourceError``. ``publish``: what takes the finished drafts elsewhere than into the store
+    of ``ledger``'s folder, instead of steps 3 to 7.
     """
 
     def __init__(
         self, ledger: Ledger, arrays: ArraySet, group: int, group_rows: int, profile: NumericsProfile,
-        folder: Path | None = None,
+        folder: Path | None = None, publish: Publisher | None = None,
     ) -> None:  # fmt: skip
         self._ledger, self._arrays, self._group, self._profile = ledger, arrays, group, profile
         self._first_row = group * group_rows
+        self._elsewhere = publish
         self._folder = folder or grant(ledger.paths, arrays.id, group)
         self._committed = False
         if not self._folder.is_dir():
@@ -161,14 +166,18 @@ class UnitWriter:
         after_step(2)
         paths = self._ledger.paths
         places = {d: p for w in self._arrays_of.values() for d, p in w.places(paths, self._group).items()}
+        shards = tuple(record for _, w in sorted(self._arrays_of.items()) for record in w.records(paths, self._group))
+        commit = Commit(self._arrays.id, self._group, self._first_row, stop, self._profile, shards)
+        if self._elsewhere is not None:
+            known = {shard.path: shard for shard in shards}
+            drafts = {draft: known[paths.relative(place)] for draft, place in places.items()}
+            return self._ledger.adopt(self._elsewhere(drafts, commit))
         for draft, place in places.items():
             self._publish(draft, place)
         after_step(3)
         for place in places.values():
             fsync_folder(place.parent)
         after_step(4)
-        shards = tuple(record for _, w in sorted(self._arrays_of.items()) for record in w.records(paths, self._group))
-        commit = Commit(self._arrays.id, self._group, self._first_row, stop, self._profile, shards)
         return self._ledger.add_commit(commit, after_step, self._folder)
 
     def _publish(self, draft: Path, place: Path) -> None:

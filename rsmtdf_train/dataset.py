@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rsmtdf_cache.allocate import Allocator, page_empty
 from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.errors import DataError, MismatchError
+from rsmtdf_cache.pixels import VALID
 from rsmtdf_cache.sources.base import Tile, TileSource
 from rsmtdf_cache.stored_pixels import StoredPixels, require_pixels
 from rsmtdf_train.geometry import CropGeometry
@@ -128,10 +129,24 @@ class TileDataset:
             return {}
         return self.targets.read(self._requests(draws), empty)
 
-    def will_read(self, draws: Sequence[Draw]) -> None:
-        """Hear that the features of ``draws`` are read soon (``TargetMode.will_read``)."""
-        if self.targets is not None:
+    @property
+    def remote(self) -> bool:
+        """Whether what is read may have to be fetched from another machine first."""
+        return (self.targets is not None and self.targets.remote) or (
+            self.pixels is not None and self.pixels.store.remote
+        )
+
+    def will_read(self, draws: Sequence[Draw], features: bool = True) -> None:
+        """Hear that pixels and, unless ``features`` is False, features of ``draws`` are read soon."""
+        if self.targets is not None and features:
             self.targets.will_read(self._requests(draws))
+        if self.pixels is not None and self.pixels.store.remote:
+            store = self.pixels.store
+            ids = [d.tile_id for d in draws if d.tile_id in self.pixels]
+            for key in store.pixel_keys():
+                # validity is read with the label, and kept with it
+                wanted = ids if key.layer != VALID else [i for i in ids if self._decoded.get(i) is None]
+                store.will_read(key, map(store.tiles.row_of, wanted))
 
     def _requests(self, draws: Sequence[Draw]) -> list[TargetRequest]:
         return [TargetRequest(self._rows[d.tile_id], d.orientation, d.box, d.cut.view) for d in draws]
@@ -177,12 +192,21 @@ class TileDataset:
                 # Labels are of this dataset, pixels of the store: they must be of the same tile, not of the same name.
                 require_pixels(pixels.store, tile_id, self.source.read_image(tile))
                 self._known.add(tile_id)
-            mask = self._mask(tile)
+            mask = self._mask_beside(tile)
             if valid is not None:
                 mask = np.where(valid, mask, np.uint8(self.source.ignore_index))
             found = (mask,) if valid is None else (mask, valid.astype(np.uint8))
             self._decoded.put(tile_id, *found)
         return found
+
+    def _mask_beside(self, tile: Tile) -> NDArray[np.uint8]:
+        """Return the labels of a tile whose pixels are stored; of unlabelled tiles they only score pseudo-labels."""
+        if tile.id in self._labeled or tile.image.is_file():
+            return self._mask(tile)
+        try:
+            return self._mask(tile)
+        except DataError:  # where labels lie in a scene is read off its image, and that need not be there
+            return self._unlabeled
 
     def _mask(self, tile: Tile) -> NDArray[np.uint8]:
         return self._unlabeled if tile.mask is None else self.source.read_mask(tile)

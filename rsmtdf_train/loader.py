@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rsmtdf_cache.allocate import Allocator, BlockPool
 from rsmtdf_cache.codecs import Codes
-from rsmtdf_cache.errors import DataError, UsageError
+from rsmtdf_cache.errors import DataError
 from rsmtdf_cache.events import EventSink, ignore_events
 from rsmtdf_cache.sources.base import TileSource
 from rsmtdf_train.augment import CutMixBox, token_weights
@@ -26,6 +26,7 @@ from rsmtdf_train.photometry import PhotometricParameters, Photometry
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sample import Batch, Coded, LabeledBatch, Sample, StrongView, Targets, UnlabeledBatch
 from rsmtdf_train.sampler import LABELED, UNLABELED, Draw, Stream
+from rsmtdf_train.shares import check_shares, labeled_places, unlabeled_places
 from rsmtdf_train.targets.base import TargetMode, TargetSpec
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from rsmtdf_train.pixel_source import PixelSource
 
 __all__ = ["BatchLoader"]
+
+#: So many steps are drawn ahead when shards may have to be fetched from another machine: a shard takes seconds.
+_REMOTE_REACH = 32
 
 
 class _Drawn(NamedTuple):
@@ -112,16 +116,8 @@ class BatchLoader:
         return self.targets is not None and not self.targets.is_online(step)
 
     def check_parts(self, parts: int) -> None:
-        """Raise ``UsageError`` unless a batch can be cut into ``parts`` (processes times accumulated parts)."""
-        sizes = self.recipe.batch
-        for name, size, unit in (("labeled", sizes.labeled, parts), ("unlabeled", sizes.unlabeled, 2 * parts)):
-            if parts > 1 and size % unit and (name == "labeled" or self.unlabeled is not None):
-                pairs = "" if name == "labeled" else " (of pairs: CutMix takes from the same part)"
-                near = [n for n in (size // unit * unit, (size // unit + 1) * unit) if n > 0]
-                raise UsageError(
-                    f"batch.{name} {size} cannot be cut into {parts} equal parts{pairs}, one for each process and "
-                    f"each of its batch.accumulate; choose {' or '.join(map(str, near))}, or other numbers of parts"
-                )
+        """Raise ``UsageError`` unless ``parts`` (processes times accumulated parts) can share a batch."""
+        check_shares(self.recipe.batch, parts, labeled_only=self.unlabeled is None)
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
         """Return the batch of ``step`` 0, 1, 2, …, or part ``part`` of ``parts`` of it, on the CPU.
@@ -132,19 +128,20 @@ class BatchLoader:
         self.check_parts(parts)
         return self._made(self._drawn(step, part, parts))
 
-    def _drawn(self, step: int, part: int, parts: int) -> _Drawn:
-        """Return which crops a batch has; their features are on the way from the disk from now on."""
+    def draws(self, step: int, part: int = 0, parts: int = 1) -> tuple[list[Draw], list[Draw]]:
+        """Return the labelled and the unlabelled crops of ``batch(step, part, parts)``, in its order; reads nothing."""
         sizes = self.recipe.batch
-        labeled = [
-            self.labeled.draw(step * sizes.labeled + i) for i in _places(sizes.labeled, part, parts, paired=False)
-        ]
-        unlabeled: list[Draw] = []
-        if self.unlabeled is not None:
-            places = _places(sizes.unlabeled, part, parts, paired=True)
-            unlabeled = [self.unlabeled.draw(step * sizes.unlabeled + i) for i in places]
-        if self._reads(step):
-            self.dataset.will_read([*labeled, *unlabeled])
-        return _Drawn(step, labeled, unlabeled)
+        labeled = [self.labeled.draw(step * sizes.labeled + i) for i in labeled_places(sizes.labeled, part, parts)]
+        if self.unlabeled is None:
+            return labeled, []
+        places = unlabeled_places(sizes.unlabeled, part, parts)
+        return labeled, [self.unlabeled.draw(step * sizes.unlabeled + i) for i in places]
+
+    def _drawn(self, step: int, part: int, parts: int) -> _Drawn:
+        """Return which crops a batch has; what is stored of them is on the way from now on."""
+        drawn = _Drawn(step, *self.draws(step, part, parts))
+        self.dataset.will_read([*drawn.labeled, *drawn.unlabeled], self._reads(step))
+        return drawn
 
     def _made(self, drawn: _Drawn) -> Batch:
         reads, faults = self._reads(drawn.step), _disk_faults()
@@ -164,7 +161,7 @@ class BatchLoader:
 
         One list for each step. Up to ``ahead`` steps are prepared meanwhile. An error of a batch is raised at its step.
         Closing the generator (also by an exception or an interrupt) drops what is waiting and ends the threads. Raises
-        ``UsageError`` at once for sizes that cannot be cut.
+        ``UsageError`` at once for a batch that cannot be shared.
         """
         self.check_parts(of)
         return self._iterate(first_step, last_step, tuple(parts), of)
@@ -176,9 +173,10 @@ class BatchLoader:
         drawn: deque[list[Future[_Drawn]]] = deque()  # more than are waiting: the disk works while batches are made
         waiting: deque[list[Future[Batch]]] = deque()
         next_draw = first_step
+        reach = max(2 * self.ahead, _REMOTE_REACH if self.dataset.remote else 0)
         try:
             while next_draw < last_step or drawn or waiting:
-                while next_draw < last_step and len(waiting) + len(drawn) <= 2 * self.ahead:
+                while next_draw < last_step and len(waiting) + len(drawn) <= reach:
                     drawn.append([pool.submit(self._drawn, next_draw, part, of) for part in parts])
                     next_draw += 1
                 while drawn and len(waiting) <= self.ahead:
@@ -248,22 +246,6 @@ def _unlabeled_ids(dataset: TileDataset, recipe: Recipe, labeled_ids: Sequence[s
             "unlabeled: all, or method: supervised"
         )
     return rest
-
-
-def _places(size: int, part: int, parts: int, paired: bool) -> list[int]:
-    """Return which positions of a batch of ``size`` are in a part.
-
-    ``paired``: with a position ``i`` its partner ``size - 1 - i``, mirrored, so that partners lie mirrored in the part.
-    """
-    if not 0 <= part < parts:
-        raise ValueError(f"part {part} of {parts}")
-    if parts == 1:
-        return list(range(size))
-    if not paired:
-        return list(range(part * size // parts, (part + 1) * size // parts))
-    half = size // (2 * parts)
-    first = range(part * half, (part + 1) * half)
-    return [*first, *(size - 1 - i for i in reversed(first))]
 
 
 def _view(drawn: Sequence[tuple[PhotometricParameters, CutMixBox]]) -> StrongView:

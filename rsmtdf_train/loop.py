@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import threading
 import time
@@ -25,6 +26,7 @@ from rsmtdf_train.checkpoint import (
 )
 from rsmtdf_train.evaluate import evaluate
 from rsmtdf_train.fused_student import FusedStudent
+from rsmtdf_train.launcher import SAME_WISH_S
 from rsmtdf_train.logs import LogWriter
 from rsmtdf_train.pixel_source import PixelSource
 from rsmtdf_train.prepare import Part, part_to
@@ -82,7 +84,8 @@ def train(
     snapshot it began with. ``pin``: keep that snapshot from being collected as long as the pin in the store, owned by
     the run's folder, is there. ``pixels``: whether train tiles are read from the store or decoded from images; it is no
     part of the run, for the batches are the same. ``residency``: ``ram`` copies what is read of the store into memory
-    first; as little a part of the run. Under ``torchrun`` all processes call this; the first one writes.
+    first; as little a part of the run. Of several processes (``launcher``, ``torchrun``) all call this; the first one
+    writes.
     Raises ``UsageError`` (recipe, or targets without a store), ``MismatchError`` (another run, store or dataset),
     ``DataError`` (dataset, damaged checkpoint), ``Interrupted`` after a signal. A loss that is not finite is a
     ``UsageError`` of the recipe.
@@ -127,7 +130,8 @@ def _train(
     state = build_state(recipe, len(run.identity.classes), run.identity.targets, run.device)
     check_student(recipe, state)
     load_checkpoint(run.folder, run.identity, state)
-    processes.wait()  # nobody writes before everybody has read
+    # Nobody writes before everybody has read, and has read the same: stores grow, network file systems remember.
+    processes.require_same(json.dumps([run.identity.to_json(), state.step, state.stopped], sort_keys=True), run.device)
     resumed_at = state.step
     complete = _ended(state, recipe) and run.folder.metrics.is_file()
     if processes.first:
@@ -267,16 +271,25 @@ def _shown(address: Path | str | None) -> str:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Collect the names of SIGINT and SIGTERM instead of dying; the second one acts as before."""
+    """Collect the names of SIGINT and SIGTERM instead of dying; one that comes later acts as before.
+
+    Several at once are one wish: batch systems signal every process, and launchers pass on what they got.
+    """
     caught: list[str] = []
+    first = math.inf
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: object) -> None:
-        caught.append(signal.Signals(number).name)
-        signal.signal(number, before[signal.Signals(number)])
+        nonlocal first
+        first = min(first, time.monotonic())
+        if not caught:
+            caught.append(signal.Signals(number).name)
+        elif time.monotonic() - first > SAME_WISH_S:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, note)

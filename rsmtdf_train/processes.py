@@ -2,23 +2,32 @@
 
 Gradients are averaged here, by hand, rather than by a wrapper around the student: a step may pass through encoder,
 decoder and fusion several times, leaves some parameters without a gradient, and is cut into parts. Small students make
-the one flat all-reduce cheap. Started by ``torchrun``; without it there is one process and nothing is communicated.
+the one flat all-reduce cheap. Started by ``torchrun`` or ``launcher``; without them there is one process and nothing is
+communicated.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rsmtdf_cache.errors import ResourceError, UsageError
+from rsmtdf_cache.errors import MismatchError, UsageError
+from rsmtdf_train.launcher import MEETING, PeerGone
 
 __all__ = ["Processes"]
+
+#: A process that another one waited for so long hangs: longer than fetching the first shards over a slow line takes.
+PATIENCE_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,10 @@ class Processes:
 
     @classmethod
     def join(cls, device: str | None) -> Processes:
-        """Return this process's place among those ``torchrun`` started, and join them; one alone without torchrun.
+        """Return this process's place among those that were started with it, and join them; alone by default.
 
         CPU processes talk through gloo, GPUs through NCCL. Raises ``UsageError`` for an environment that is half
-        there.
+        there, ``ResourceError`` when the processes do not find each other.
         """
         if "WORLD_SIZE" not in os.environ:
             return cls()
@@ -49,7 +58,12 @@ class Processes:
             gpu = torch.cuda.is_available() and not cpu
             if gpu:
                 torch.cuda.set_device(local)  # NCCL talks through the current GPU
-            dist.init_process_group("nccl" if gpu else "gloo")
+            meeting = os.environ.get(MEETING)
+            with _company():
+                dist.init_process_group(
+                    "nccl" if gpu else "gloo", None if meeting is None else f"file://{meeting}", rank=rank,
+                    world_size=count, timeout=timedelta(seconds=_patience_s()),
+                )  # fmt: skip
         return cls(rank, count, local)
 
     @property
@@ -111,6 +125,21 @@ class Processes:
         _sum(value)
         return bool(value.item())
 
+    def require_same(self, text: str, device: torch.device) -> None:
+        """Raise ``MismatchError`` in all processes unless ``text``, what each has opened, is the same everywhere."""
+        if self.count == 1:
+            return
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        largest = torch.tensor([number, -number], dtype=torch.int64, device=device)
+        with _company():
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        if int(largest.sum()):
+            raise MismatchError(
+                f"the {self.count} processes of this run opened different things: another recipe, snapshot of the "
+                "store, dataset or checkpoint. Let all machines see the same folders, give STORE@SNAPSHOT where a "
+                "store grows, and run the same command again"
+            )
+
     def sum_(self, counts: Tensor, device: torch.device) -> Tensor:
         """Return the sum over all processes of an integer tensor, on its own device."""
         if self.count == 1:
@@ -139,11 +168,29 @@ def _sum(values: Tensor) -> None:
 
 @contextmanager
 def _company() -> Iterator[None]:
-    """Say so when another process is gone: what happened to it is for its own message to say."""
+    """Say so when another process is gone or hangs: what happened to it is for its own message to say."""
+    started = time.monotonic()
     try:
         yield
     except RuntimeError as error:
-        raise ResourceError(
+        if (waited := time.monotonic() - started) >= _patience_s() - 1:
+            raise PeerGone(
+                f"another process of this run did not answer for {waited:.0f} s (RSMTDF_PEER_TIMEOUT_S), so this one "
+                "cannot go on; end it, the same command continues from the last checkpoint"
+            ) from error
+        raise PeerGone(
             "another process of this run ended, so this one cannot go on; its message says why. The same command "
             "continues from the last checkpoint"
         ) from error
+
+
+def _patience_s() -> float:
+    """Return for how long processes wait for each other. Raises ``UsageError`` for a bad ``RSMTDF_PEER_TIMEOUT_S``."""
+    text = os.environ.get("RSMTDF_PEER_TIMEOUT_S", "")
+    try:
+        value = float(text or PATIENCE_S)
+    except ValueError:
+        value = math.nan
+    if not 1 <= value < math.inf:
+        raise UsageError(f"RSMTDF_PEER_TIMEOUT_S={text!r}: write seconds, 1 or more, e.g. 1800")
+    return value

@@ -25,7 +25,7 @@ from rsmtdf_train.pixel_source import PixelSource, stored_pixels
 from rsmtdf_train.prepare import StepTools
 from rsmtdf_train.processes import Processes
 from rsmtdf_train.recipe import Recipe
-from rsmtdf_train.residency import Residency, hold_run
+from rsmtdf_train.residency import Residency, hold_run, small_cache
 from rsmtdf_train.state import TrainState
 from rsmtdf_train.targets.stored import check_pins
 
@@ -198,6 +198,8 @@ def tell_about(run: Run, on_event: TrainSink) -> None:
         on_event(Warned(f"{len(left_out)} tiles that the store's build could not use are left out of training"))
     if run.loader.targets is not None and run.loader.targets.approximated:
         on_event(Warned(_approximations(run.loader.targets.approximated)))
+    if (warning := small_cache(run.loader.dataset)) is not None:
+        on_event(Warned(warning))
     if run.recipe.eval_split not in ("val", "test"):
         on_event(Warned(f"eval_split {run.recipe.eval_split}: these tiles are trained on; score val or test"))
     distill, steps = run.recipe.distill, run.recipe.total_steps
@@ -240,7 +242,7 @@ def _drift(recipe: Recipe, loader: BatchLoader, device: torch.device) -> Drift |
             "drift_every compares stored features with live teachers, and this run reads none; set it to 0"
         )
     held = mode.live.teachers if mode.live is not None else None
-    return Drift(stored, loader.dataset.source, recipe.teachers, device, held)
+    return Drift(stored, loader.dataset.source, recipe.teachers, device, held, pixels=loader.dataset.pixels)
 
 
 def _approximations(approximated: Mapping[str, tuple[int, ...]]) -> str:

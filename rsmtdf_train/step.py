@@ -37,9 +37,10 @@ def train_step(
 ) -> dict[str, Tensor | float]:
     """Advance ``state`` by one step and return what the log shows; tensors are scalars still on the device.
 
-    ``parts`` are this process's share of the step's batch, in pieces that fit its memory: neither the number of pieces
-    nor of processes changes the loss (a sum over all of them), up to rounding and to what looks at its own piece alone:
-    batch norm, OHEM and Dice, complementary dropout, ``fuse.drop``. Raises ``ValueError`` for a batch of another step.
+    ``parts`` are this process's share of the step's batch, in pieces that fit its memory: neither their number and
+    sizes nor the number of processes change the loss (a sum over all of them), up to rounding and to what looks at its
+    own piece alone: batch norm, OHEM and Dice, complementary dropout, ``fuse.drop``. Raises ``ValueError`` for a batch
+    of another step.
     """
     if any(part.step != state.step for part in parts):
         raise ValueError(f"batch of step {parts[0].step} at step {state.step}")
@@ -56,9 +57,11 @@ def train_step(
 
     state.optimizer.zero_grad(set_to_none=True)
     logs: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    crops = recipe.batch.labeled if world.count > 1 else sum(len(part.labeled.image) for part in parts)
     for one in prepared:
+        share = world.count * len(one.labeled.image) / crops
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            terms, cosines = _terms(state.student, one, recipe, weights, tools, divisors, 1 / len(parts))
+            terms, cosines = _terms(state.student, one, recipe, weights, tools, divisors, share)
             loss = combine(weights, terms)
         state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         for name, value in {"loss": loss, **{f"loss_{k}": v for k, v in terms.items()}, **cosines}.items():

@@ -26,7 +26,7 @@ __all__ = ["Cluster", "Temper", "cluster", "until"]
 
 CONTEXT.set_forkserver_preload(
     [*PRELOAD, "distributed", "rsmtdf_cache.build", "rsmtdf_cache.cluster.places", "rsmtdf_cache.teachers.timm_any",
-     "rsmtdf_cli.cache.build"]
+     "rsmtdf_cli.cache.build", "rsmtdf_cache.bucket.destination", "s3fs"]
 )  # fmt: skip
 
 _PATIENCE_S = 120.0
@@ -129,11 +129,13 @@ def _work(address: str, name: str, folder: Path, temper: Temper) -> None:
     from distributed import Worker
 
     from rsmtdf_cache import writer
+    from rsmtdf_cache.bucket import steps
 
     _silent()
     os.environ.update({"OMP_NUM_THREADS": "1"} | dict(temper.environ))
     torch.set_num_threads(1)
-    writer.after_step = _hook(name, folder, temper)
+    # A folder's commit has steps 1 to 8 in the writer, an object store's 1 and 2 there and 4 and 5 here.
+    writer.after_step = steps.after_step = _hook(name, folder, temper)
     if temper.path is not None:
         sys.path.insert(0, str(temper.path))
     if temper.file_nbytes is not None:

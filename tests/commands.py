@@ -5,6 +5,7 @@ A fork server imports the trainer once; each command is a fork of it, and costs 
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -14,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-__all__ = ["CONTEXT", "Command", "PRELOAD", "start", "start_ranks", "torchrun"]
+__all__ = ["CONTEXT", "Command", "PRELOAD", "note_draws", "start", "start_ranks", "torchrun"]
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = (
@@ -69,15 +71,36 @@ def start(words: Sequence[object], folder: Path, name: str, environment: Mapping
     return Command(process, *streams)
 
 
-def start_ranks(words: Sequence[object], folder: Path, count: int) -> list[Command]:
-    """Start ``rsmtdf WORDS`` as ``count`` processes of one run, with what ``torchrun`` tells each of its workers."""
+def start_ranks(
+    words: Sequence[object], folder: Path, count: int, environment: Mapping[str, str] = {}
+) -> list[Command]:
+    """Start ``rsmtdf WORDS`` as ``count`` processes of one run, with what ``torchrun`` tells each of its workers.
+
+    ``environment`` may have ``NOTED_DRAWS``, a file for ``note_draws``.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
     return [
-        start(words, folder, f"rank{rank}", place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start(words, folder, f"rank{rank}", {**place, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
+
+
+def note_draws(file: Path, rank: int, count: int) -> None:
+    """Let every batch that a loader of this process makes be noted in ``file``: a line of JSON for each part."""
+    from rsmtdf_train.loader import BatchLoader
+
+    made = BatchLoader._made
+
+    def noted(self: BatchLoader, drawn: Any) -> Any:
+        crops = [[[d.epoch, d.tile_id, d.orientation] for d in some] for some in (drawn.labeled, drawn.unlabeled)]
+        line = json.dumps({"rank": rank, "count": count, "step": drawn.step, "crops": crops})
+        with file.open("a") as out:
+            out.write(line + "\n")
+        return made(self, drawn)
+
+    BatchLoader._made = noted  # type: ignore[method-assign]
 
 
 def torchrun(words: Sequence[object], folder: Path, count: int) -> list[tuple[str, str]]:
@@ -124,6 +147,8 @@ def _run(words: list[str], streams: tuple[Path, Path], environment: dict[str, st
 
     os.environ.update(environment)
     torch.set_num_threads(1)
+    if noted := environment.get("NOTED_DRAWS"):
+        note_draws(Path(noted), int(environment["RANK"]), int(environment["WORLD_SIZE"]))
     for number, path in enumerate(streams, start=1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)

@@ -176,12 +176,18 @@ def make_bucket(endpoint: str, name: str) -> None:
 
 @dataclass
 class CuttingProxy:
-    """A TCP proxy that cuts a connection once so many bytes came back through it."""
+    """A TCP proxy that cuts a connection once so many bytes came back through it.
+
+    ``swallow``: what came back last is not passed on, so that an answer is lost. ``busy_left``: so many connections get
+    503 instead of the server.
+    """
 
     endpoint: str = ""
     cut_after: int = 0
     cuts_left: int = 0
     cuts_done: int = 0
+    swallow: bool = False
+    busy_left: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def cut_now(self, passed: int) -> bool:
@@ -205,15 +211,23 @@ def cutting_proxy(endpoint: str) -> Iterator[CuttingProxy]:
         passed = 0
         with suppress(OSError):
             while data := source.recv(2**14):
-                sink.sendall(data)
                 passed += len(data)
-                if count and proxy.cut_now(passed):
+                cut = count and proxy.cut_now(passed)
+                if not (cut and proxy.swallow):
+                    sink.sendall(data)
+                if cut:
                     break
         for end in (source, sink):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
     def serve(client: socket.socket) -> None:
+        if proxy.busy_left > 0:
+            proxy.busy_left -= 1
+            with closing(client):
+                client.recv(2**16)
+                client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            return
         with closing(client), socket.create_connection((str(upstream.hostname), upstream.port or 80)) as server:
             back = threading.Thread(target=pump, args=(server, client, True), daemon=True)
             back.start()

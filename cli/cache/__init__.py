@@ -14,6 +14,7 @@ COMMANDS: dict[str, Entry] = {
     "plan": Entry("cache.plan", "plan", "Say what `cache build` with the same options takes: bytes, time."),
     "tune": Entry("cache.tune", "tune", "Say which layers, scales and codec are worth their bytes."),
     "build": Entry("cache.build", "build", "Run frozen teachers over every tile and store their features."),
+    "watch": Entry("cache.watch", "watch", "Follow a build until it ends, from any machine that sees its store."),
     "info": Entry("cache.look", "info", "Describe a store: dataset, teachers, arrays, sizes, snapshot."),
     "verify": Entry("cache.audit", "verify", "Check a store against its ledger."),
     "preview": Entry("cache.look", "preview", "Draw what the teachers see: PCA colours, norms, similarity."),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from rsmtdf_cli.cache.show import local_folder
+from rsmtdf_cli.cache.show import build_place
 
 if TYPE_CHECKING:
     from rsmtdf_cache.request import BuildRequest
@@ -21,8 +21,12 @@ __all__ = ["asks_for_build", "build_request"]
 def build_request(
     data: Annotated[Path | None, typer.Argument(help="Folder of the dataset.", show_default=False)] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the store; an existing store is continued.", parser=local_folder, metavar="DIR"),
+        Any,
+        typer.Option(
+            help="Folder or URL (s3://bucket/store) of the store; an existing store is continued.",
+            parser=build_place,
+            metavar="STORE",
+        ),
     ] = None,
     teacher: Annotated[
         list[str] | None,
@@ -85,7 +89,7 @@ def build_request(
     }  # fmt: skip
     values |= {name: value for name, value in given.items() if value is not None}
     if isinstance(values.get("out"), str):  # of --config
-        values["out"] = local_folder(values["out"])
+        values["out"] = build_place(values["out"])
     values |= {
         name: True for name, flag in (("strict", strict), ("allow_mixed", allow_mixed), ("pixels", pixels)) if flag
     }

@@ -41,6 +41,9 @@ def build(
     dashboard: Annotated[
         bool, typer.Option("--dashboard", help="With --workers or --gpus: dask's page on 127.0.0.1:8787.")
     ] = False,
+    performance_report: Annotated[
+        Path | None, typer.Option(help="HTML file for dask's report on workers and tasks.", metavar="FILE")
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -58,7 +61,8 @@ def build(
     measured = read_measured(_read_plan(plan), f"--plan {plan}") if plan else None
     if plan and measured is None:
         raise UsageError(f"--plan {plan}: made with --no-measure, there is no time to compare with; leave it out")
-    executor = executor_of(ClusterAsked(workers, gpus, scheduler, dashboard, patience), request.device)
+    asked = ClusterAsked(workers, gpus, scheduler, dashboard, patience, performance_report)
+    executor = executor_of(asked, request.device)
     with progress(quiet) as on_event:
         report = build_store(request, on_event, measured=measured, executor=executor)
     if json:

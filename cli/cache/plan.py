@@ -61,9 +61,10 @@ def show_plan(plan: BuildPlan) -> None:
     screen = console()
     show_arrays(plan.arrays)
     about = "" if plan.exact else "at most about "
+    disk = "its disk" if isinstance(plan.store, Path) else "this disk, where drafts of two units lie at most"
     screen.print(
         f"{plain(str(plan.store))}: {about}{size(plan.nbytes)} for {plan.tiles} tiles in {len(plan.arrays)} arrays; "
-        f"{size(plan.free_nbytes)} free on its disk ({plain(plan.file_system)})" + ("" if plan.fits else ", too little")
+        f"{size(plan.free_nbytes)} free on {disk} ({plain(plan.file_system)})" + ("" if plan.fits else ", too little")
     )
     if plan.unread:
         screen.print(f"pixels of {plan.unread} tiles were not looked at; those that cannot be used are left out later")

@@ -31,7 +31,12 @@ DeepOption = Annotated[
 PixelsOption = Annotated[
     bool, typer.Option("--pixels", help="Also the tiles' pixels, where the store has them: images leave with them.")
 ]
-NoPixelsOption = Annotated[bool, typer.Option("--pixels/--no-pixels", help="Bring the tiles' pixels, where there are.")]
+NoPixelsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--pixels/--no-pixels", help="Bring the tiles' pixels, where there are; default: unless a part is asked for."
+    ),
+]
 
 
 @command
@@ -74,7 +79,7 @@ def pull(
     layer: LayerOption = None,
     view: ViewOption = None,
     tiles: TilesOption = None,
-    pixels: NoPixelsOption = True,
+    pixels: NoPixelsOption = None,
     workers: WorkersOption = 4,
     dry_run: DryRunOption = False,
     deep: DeepOption = False,
@@ -85,7 +90,7 @@ def pull(
     from rsmtdf_cache.share.catalogue import register_store
     from rsmtdf_cache.share.pull import pull_store
 
-    chosen = _selection(teacher, layer, view, tiles, pixels)
+    chosen = _selection(teacher, layer, view, tiles, not (teacher or layer or view) if pixels is None else pixels)
     with progress(quiet) as on_event:
         report = pull_store(url, folder, chosen, on_event, workers, dry_run, deep)
         if not dry_run:

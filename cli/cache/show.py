@@ -11,7 +11,16 @@ import typer
 from rsmtdf_cache.units import size
 from rsmtdf_cli.console import console
 
-__all__ = ["AnyStoreArgument", "StoreArgument", "local_folder", "plain", "png_file", "show_arrays", "size"]
+__all__ = [
+    "AnyStoreArgument",
+    "StoreArgument",
+    "build_place",
+    "local_folder",
+    "plain",
+    "png_file",
+    "show_arrays",
+    "size",
+]
 
 
 def _folder(text: str) -> Path:
@@ -24,6 +33,17 @@ def local_folder(text: str) -> Path:
     Raises ``typer.BadParameter`` for another URL.
     """
     return _local(text, "write to a folder; `rsmtdf cache push FOLDER URL` publishes a store")
+
+
+def build_place(text: str) -> Path | str:
+    """Return the folder, or the URL as it stands, that ``--out TEXT`` of a build names: an option's ``parser``.
+
+    Raises ``typer.BadParameter`` for what is left of a URL that went through a path.
+    """
+    scheme, found, _ = text.partition("://")
+    if found and scheme.lower() not in ("file", "local"):
+        return text
+    return _local(text, "write it with two slashes, e.g. s3://bucket/store")
 
 
 def _local(text: str, instead: str) -> Path:

@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
+from rsmtdf_cache.cluster.performance import NO_BOKEH, require_place
 from rsmtdf_cache.errors import UsageError
 from rsmtdf_cache.work import Executor, InProcess
 
@@ -21,7 +23,7 @@ class ClusterAsked:
     """``workers``: processes of this machine. ``gpus``: one process for each, ``all`` or ids as ``0,1``.
 
     ``scheduler``: address of a running dask.distributed scheduler. None of them: in process. ``patience_s``: a worker
-    that shows no sign of life for so long gets no more work.
+    that shows no sign of life for so long gets no more work. ``report``: a file for dask's performance report.
     """
 
     workers: int | None = None
@@ -29,6 +31,7 @@ class ClusterAsked:
     scheduler: str | None = None
     dashboard: bool = False
     patience_s: float = PATIENCE_S
+    report: Path | None = None
 
     def check(self) -> None:
         """Raise ``UsageError`` for options that contradict each other, or that this installation cannot serve."""
@@ -47,8 +50,13 @@ class ClusterAsked:
             raise UsageError("--dashboard: goes with --workers or --gpus; a running scheduler has its own")
         if asked and find_spec("distributed") is None:
             raise UsageError(f"{asked[0]}: needs dask.distributed; run: pip install 'rsmtdf[cluster]'")
-        if self.dashboard and find_spec("bokeh") is None:
-            raise UsageError("--dashboard: needs bokeh; run: pip install bokeh")
+        if self.report is not None:
+            if not asked:
+                raise UsageError("--performance-report: goes with --workers, --gpus or --scheduler")
+            require_place(self.report)
+        drawn = "--dashboard" if self.dashboard else "--performance-report" if self.report is not None else None
+        if drawn and self.scheduler is None and find_spec("bokeh") is None:
+            raise UsageError(f"{drawn}: {NO_BOKEH}")
 
 
 def executor_of(asked: ClusterAsked, device: str | None = None) -> Executor:
@@ -57,36 +65,38 @@ def executor_of(asked: ClusterAsked, device: str | None = None) -> Executor:
     if asked.scheduler is not None:
         from rsmtdf_cache.cluster.places import RunningCluster
 
-        return RunningCluster(asked.scheduler, asked.patience_s)
+        return RunningCluster(asked.scheduler, asked.patience_s, asked.report)
     if asked.gpus is None and asked.workers is None:
         return InProcess()
     from rsmtdf_cache.cluster.places import OwnProcesses
 
     if asked.gpus is None:
-        return OwnProcesses([{}] * (asked.workers or 1), asked.patience_s, asked.dashboard)
+        return OwnProcesses([{}] * (asked.workers or 1), asked.patience_s, asked.dashboard, asked.report)
     if device not in (None, "cuda"):
         raise UsageError(f"--gpus {asked.gpus} --device {device}: each process has one GPU, which it calls cuda")
-    ids = gpu_ids(asked.gpus, os.environ, _gpu_count() if asked.gpus == "all" else 0)
-    return OwnProcesses([{"CUDA_VISIBLE_DEVICES": one} for one in ids], asked.patience_s, asked.dashboard)
+    ids = gpu_ids(asked.gpus, os.environ, _gpu_count())
+    environments = [{"CUDA_VISIBLE_DEVICES": one} for one in ids]
+    return OwnProcesses(environments, asked.patience_s, asked.dashboard, asked.report)
 
 
 def gpu_ids(text: str, environ: Mapping[str, str], count: int) -> list[str]:
     """Return what ``CUDA_VISIBLE_DEVICES`` is for each process of ``--gpus TEXT``. ``count``: GPUs that torch sees.
 
-    ``all`` keeps to the GPUs that the environment leaves visible, as batch systems say it. Raises ``UsageError``.
+    ``all`` keeps to the GPUs that the environment leaves visible, as batch systems say it; they have the names that it
+    gives them, else numbers. Raises ``UsageError`` for a GPU that is not there: its process would build on the CPU.
     """
     visible = [part.strip() for part in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-    if text == "all":
-        if not count:
-            raise UsageError("--gpus all: torch sees no GPU here; use --workers N for processes on the CPU")
-        return (visible or [str(i) for i in range(count)])[:count]
-    ids = [part.strip() for part in text.split(",")]
-    if not all(ids) or len(set(ids)) != len(ids):
-        raise UsageError(f"--gpus {text}: write all, or ids with commas between, each once, e.g. 0,1")
-    hidden = [one for one in ids if visible and one not in visible]
-    if hidden:
-        raise UsageError(f"--gpus {text}: CUDA_VISIBLE_DEVICES={','.join(visible)} hides {', '.join(hidden)}")
-    return ids
+    there = (visible or [str(i) for i in range(count)])[:count]
+    asked = there if text == "all" else [part.strip() for part in text.split(",")]
+    if not there:
+        raise UsageError(f"--gpus {text}: torch sees no GPU here; use --workers N for processes on the CPU")
+    if not all(asked) or len(set(asked)) != len(asked):
+        raise UsageError(f"--gpus {text}: write all, or ids with commas between, each once, e.g. {','.join(there)}")
+    missing = [one for one in asked if one not in there]
+    if missing:
+        limit = f" (CUDA_VISIBLE_DEVICES={','.join(visible)})" if visible else ""
+        raise UsageError(f"--gpus {text}: there is no GPU {', '.join(missing)}; torch sees {', '.join(there)}{limit}")
+    return asked
 
 
 def _gpu_count() -> int:

@@ -1,7 +1,7 @@
 """Who works, on what, and what happens when a worker fails: the client's side of a build on a cluster.
 
 Units are pinned to workers by this class, two for each, so that the scheduler never holds more than those, and a unit
-is given to another worker only after the first one's permission was taken back (``writer.revoke``).
+is given to another worker only after the first one's permission was taken back (``Destination.revoke``).
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ import queue
 import time
 import uuid
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rsmtdf_cache.cluster.worker import NotAdmittedError, admit, compute_unit, leave, topic
+from rsmtdf_cache.destination import Destination, Permit
 from rsmtdf_cache.errors import MismatchError, ResourceError, RsmtdfError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned
-from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.records import Commit
 from rsmtdf_cache.work import OnTiles, Tally, Unit, UnitDone
-from rsmtdf_cache.writer import grant, revoke, withdraw
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -54,11 +52,11 @@ class _Member:
 
 @dataclass
 class _Attempt:
-    """A unit given to a worker. ``folder``: its permission; ``told``: tiles and bytes that were reported of it."""
+    """A unit given to a worker. ``told``: tiles and bytes that were reported of it."""
 
     unit: Unit
     member: _Member
-    folder: Path
+    permit: Permit
     future: Future[dict[str, Any]]
     begun: bool = False
     told: tuple[int, int] = (0, 0)
@@ -68,14 +66,17 @@ class Crew:
     """The workers of a scheduler while they compute the units of one build."""
 
     def __init__(
-        self, client: Client, paths: StorePaths, token: str, site: dict[str, Any], patience_s: float,
+        self, client: Client, store: Destination, token: str, site: dict[str, Any], patience_s: float,
         expected: int | None, on_tiles: OnTiles, on_event: EventSink, tallies: list[Tally], failures: list[str],
+        labels: Mapping[str, str],
     ) -> None:  # fmt: skip
-        self._client, self._paths, self._token, self._site = client, paths, token, site
+        """``labels``: what people read on dask's page of the units of an array set."""
+        self._client, self._store, self._token, self._site = client, store, token, site
+        self._labels = labels
         self._patience_s, self._on_tiles, self._on_event = patience_s, on_tiles, on_event
         self._tallies, self._failures = tallies, failures
         self._members: dict[str, _Member] = {}
-        self._attempts: dict[str, _Attempt] = {}  # by the name of the folder
+        self._attempts: dict[str, _Attempt] = {}  # by the name of the permit
         self._coming: dict[str, Future[Any]] = {}
         self._back: deque[Unit] = deque()  # units that were lost
         self._losses: dict[Unit, int] = {}
@@ -84,7 +85,8 @@ class Crew:
         self._last_fault: RsmtdfError | None = None
         self._arriving = True
         expected = len(self._here()) if expected is None else expected
-        on_event(ProgressStart("workers", "setting up workers", expected, unit="workers"))
+        page = client.cluster.dashboard_link if client.cluster is not None else ""
+        on_event(ProgressStart("workers", f"cluster ({page})" if page else "cluster", expected, unit="workers"))
 
     def run(self, units: Iterator[Unit]) -> Generator[UnitDone, None, None]:
         """Have ``units`` computed and yield each as it is committed. Raises what the build ends with."""
@@ -100,7 +102,7 @@ class Crew:
                 self._client.unsubscribe_topic(topic(self._token))
                 for member in self._members.values():
                     if member.state != "out":
-                        fire_and_forget(self._pinned(leave, member.address, f"leave-{uuid.uuid4().hex}", self._token))
+                        fire_and_forget(self._pinned(leave, member.address, "leave", self._token))
 
     def _loop(self, units: Iterator[Unit]) -> Generator[UnitDone, None, None]:
         while True:
@@ -131,7 +133,9 @@ class Crew:
             self._welcome(address)
         for address in self._members.keys() - here:
             self._last_loss = now
-            self._gone(self._members.pop(address), "was lost")
+            member = self._members.pop(address)
+            self._on_event(Progress("workers", -(member.state == "ready")))
+            self._gone(member, "was lost")
         for member in self._members.values():
             silent = now - member.last_sign
             if member.state == "coming" and silent > max(self._patience_s, _SET_UP_S):
@@ -161,7 +165,7 @@ class Crew:
 
     def _welcome(self, address: str) -> None:
         self._members[address] = _Member(address, Tally(address))
-        future = self._pinned(admit, address, f"admit-{uuid.uuid4().hex}", self._token, self._site)
+        future = self._pinned(admit, address, "set up", self._token, self._site)
         self._coming[address] = future
         future.add_done_callback(lambda _: self._news.put(("admitted", address)))
 
@@ -181,11 +185,11 @@ class Crew:
         if facts["gpus"]:
             member.tally.name = f"{address} (GPU {facts['gpus']})"
         self._tallies.append(member.tally)
-        if self._arriving:
-            self._on_event(Progress("workers", 1))
+        self._on_event(Progress("workers", 1))
 
     def _out(self, member: _Member, why: str, error: Exception | None = None) -> None:
         """Give the worker no more units; those it has go to others."""
+        self._on_event(Progress("workers", -(member.state == "ready")))
         member.state = "out"
         self._last_fault = error if isinstance(error, RsmtdfError) else ResourceError(f"worker {member.address} {why}")
         self._gone(member, why)
@@ -230,7 +234,7 @@ class Crew:
         if idle.attempts or not waiting:
             return False
         attempt = waiting[-1]
-        if not withdraw(attempt.folder):
+        if not self._store.withdraw(attempt.permit):
             attempt.begun = True  # and has not said so yet
             return False
         self._take_back(attempt)
@@ -238,19 +242,18 @@ class Crew:
         return False
 
     def _give(self, unit: Unit, member: _Member) -> None:
-        folder = grant(self._paths, unit.set_id, unit.group)
-        told = (self._token, unit.set_id, unit.group, unit.tiles, str(folder.absolute()))
-        future = self._pinned(compute_unit, member.address, f"unit-{folder.name}", *told)
-        attempt = self._attempts[folder.name] = _Attempt(unit, member, folder, future)
+        permit = self._store.grant(unit.set_id, unit.group)
+        told = (self._token, unit.set_id, unit.group, unit.tiles, permit.told)
+        future = self._pinned(compute_unit, member.address, f"encode {self._labels[unit.set_id]}", *told)
+        attempt = self._attempts[permit.name] = _Attempt(unit, member, permit, future)
         if not member.attempts:
             member.last_sign = time.monotonic()
         member.attempts.append(attempt)
-        future.add_done_callback(lambda _: self._news.put(("ended", folder.name)))
+        future.add_done_callback(lambda _: self._news.put(("ended", permit.name)))
 
-    def _pinned(self, function: Any, address: str, key: str, *told: Any) -> Future[Any]:
-        return self._client.submit(
-            function, *told, key=f"rsmtdf-{key}", workers=[address], allow_other_workers=False, pure=False
-        )
+    def _pinned(self, function: Any, address: str, label: str, *told: Any) -> Future[Any]:
+        key = f"rsmtdf {label.replace('-', '_')}-{uuid.uuid4().hex}"  # dask's page counts by what is before the first -
+        return self._client.submit(function, *told, key=key, workers=[address], allow_other_workers=False, pure=False)
 
     def _sign(self, said: dict[str, Any]) -> None:
         attempt = self._attempts.get(said["attempt"])
@@ -272,7 +275,7 @@ class Crew:
         try:
             found = attempt.future.result(timeout=_FETCH_S)
         except Exception as error:
-            if _is_lost(error):
+            if _is_lost(error) or self._store.clear(error):
                 self._lost(attempt)
             elif _is_of_the_worker(error):
                 self._out(member, f"gets no more work: {_said(error)}", error)
@@ -280,10 +283,11 @@ class Crew:
                 raise
             return None
         member.last_sign = time.monotonic()
+        commit = self._store.accept(Commit.from_json(found["commit"]))
         member.tally.add(unit, found["seconds"])
         self._tell(attempt, unit.tiles, found["nbytes"])
         self._forget(attempt)
-        return UnitDone(unit, Commit.from_json(found["commit"]), found["nbytes"], member.tally.name)
+        return UnitDone(unit, commit, found["nbytes"], member.tally.name)
 
     def _lost(self, attempt: _Attempt) -> None:
         begun = attempt.begun or attempt.member.attempts[0] is attempt  # it may have died before it could say so
@@ -298,14 +302,14 @@ class Crew:
 
     def _take_back(self, attempt: _Attempt) -> None:
         """After this the attempt cannot commit, whatever its worker does."""
-        revoke(attempt.folder)
+        self._store.revoke(attempt.permit)
         with contextlib.suppress(Exception):
             attempt.future.cancel()
         self._tell(attempt, 0, 0)
         self._forget(attempt)
 
     def _forget(self, attempt: _Attempt) -> None:
-        del self._attempts[attempt.folder.name]
+        del self._attempts[attempt.permit.name]
         attempt.member.attempts.remove(attempt)
 
 

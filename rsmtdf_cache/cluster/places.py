@@ -8,14 +8,17 @@ import multiprocessing
 import os
 import signal
 import uuid
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rsmtdf_cache.cluster.crew import Crew
 from rsmtdf_cache.cluster.fingerprint import fingerprint_of, settled
+from rsmtdf_cache.cluster.performance import performance_report, require_renderer
 from rsmtdf_cache.cluster.site import site_of
 from rsmtdf_cache.errors import ResourceError, UsageError
-from rsmtdf_cache.events import EventSink
+from rsmtdf_cache.events import EventSink, Warned
 from rsmtdf_cache.work import Bench, InProcess, OnTiles, Tally, Unit, UnitDone
 
 if TYPE_CHECKING:
@@ -34,10 +37,11 @@ class _OnWorkers:
 
     threads: int | None = None
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, report: Path | None = None) -> None:
+        """``report``: the file for dask's performance report, None for none."""
         self.tallies: list[Tally] = []
         self.failures: list[str] = []
-        self._patience_s = patience_s
+        self._patience_s, self._report = patience_s, report
 
     def __enter__(self) -> Self:
         self._stack = contextlib.ExitStack()
@@ -52,19 +56,24 @@ class _OnWorkers:
     ) -> Generator[UnitDone, None, None]:
         """See ``work.Executor``."""
         if not bench.profiles:  # nothing is pending: no process is started for that
+            if self._report is not None:
+                on_event(Warned(f"nothing is left to do, so there is no performance report {self._report}"))
             yield from InProcess().run(bench, units, on_tiles, on_event)
             return
-        paths, token = bench.ledger.paths, uuid.uuid4().hex
-        mark = paths.tmp / f"build-{token}"
-        paths.tmp.mkdir(exist_ok=True)
-        mark.touch()  # `clear_drafts` takes it away at the end of the build
+        store, token = bench.destination, uuid.uuid4().hex
+        mark = store.open_site(token)
         fingerprint = settled(fingerprint_of(bench), fingerprint_of(bench))
-        site = site_of(bench, mark.name, fingerprint)
+        site = site_of(bench, mark, fingerprint)
         with self._client() as (client, expected):
+            labels = {name: bench.ledger.sets[name].arrays.label for name in bench.profiles}
             crew = Crew(
-                client, paths, token, site, self._patience_s, expected, on_tiles, on_event, self.tallies, self.failures
-            )
-            with contextlib.closing(crew.run(units)) as found:
+                client, store, token, site, self._patience_s, expected, on_tiles, on_event, self.tallies,
+                self.failures, labels,
+            )  # fmt: skip
+            with (
+                performance_report(client, self._report, on_event),
+                contextlib.closing(crew.run(units)) as found,
+            ):
                 yield from found
 
     @contextlib.contextmanager
@@ -76,8 +85,8 @@ class _OnWorkers:
 class RunningCluster(_OnWorkers):
     """The workers of the scheduler at ``address`` (``tcp://HOST:PORT``, ``tls://…``)."""
 
-    def __init__(self, address: str, patience_s: float) -> None:
-        super().__init__(patience_s)
+    def __init__(self, address: str, patience_s: float, report: Path | None = None) -> None:
+        super().__init__(patience_s, report)
         if "://" not in address:
             raise UsageError(f"--scheduler {address}: write tcp://HOST:PORT, as the scheduler says when it starts")
         self._address = address
@@ -94,6 +103,12 @@ class RunningCluster(_OnWorkers):
                 f"no scheduler answers at {self._address} ({error}); start one, or look for its address in its log"
             ) from None
         self._stack.callback(_close, self._open)
+        if self._report is not None:
+            try:
+                require_renderer(self._open)
+            except BaseException:
+                self._stack.close()
+                raise
         return self
 
     @contextlib.contextmanager
@@ -105,11 +120,14 @@ class OwnProcesses(_OnWorkers):
     """One process for each of ``environments`` (what it sees in its environment besides that of this process).
 
     They and their scheduler listen on loopback, and take TLS connections with a certificate of this build alone: other
-    users of the machine could run code in them otherwise.
+    users of the machine could run code in them otherwise. Nothing is served but ``dashboard``, dask's page, if asked.
     """
 
-    def __init__(self, environments: Sequence[Mapping[str, str]], patience_s: float, dashboard: bool = False) -> None:
-        super().__init__(patience_s)
+    def __init__(
+        self, environments: Sequence[Mapping[str, str]], patience_s: float, dashboard: bool = False,
+        report: Path | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(patience_s, report)
         self._environments, self._dashboard = list(environments), dashboard
 
     def __enter__(self) -> Self:
@@ -140,6 +158,8 @@ class OwnProcesses(_OnWorkers):
         from distributed import Nanny, Scheduler, SpecCluster
         from distributed.security import Security
 
+        from rsmtdf_cache.cluster.pageless import PagelessScheduler, PagelessWorker
+
         security = Security.temporary()
         scheduler = {
             "host": _LOOPBACK, "port": 0, "security": security, "dashboard": self._dashboard,
@@ -148,13 +168,14 @@ class OwnProcesses(_OnWorkers):
         workers: dict[int, dict[str, Any]] = {
             number: {"cls": Nanny, "options": {
                 "host": _LOOPBACK, "nthreads": 1, "memory_limit": 0, "dashboard": False, "security": security,
-                "env": dict(environment),
+                "env": dict(environment), "worker_class": PagelessWorker,
             }}
             for number, environment in enumerate(self._environments)
         }  # fmt: skip
         spawn = {"DASK_LOGGING__DISTRIBUTED": "critical"}
-        with dask.config.set({"distributed.nanny.pre-spawn-environ": spawn}):
-            spec = {"cls": Scheduler, "options": scheduler}
+        with dask.config.set({"distributed.nanny.pre-spawn-environ": spawn}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s)Port .* is already in use")  # where the page is instead is told
+            spec = {"cls": Scheduler if self._dashboard else PagelessScheduler, "options": scheduler}
             try:
                 return SpecCluster(workers, spec, security=security, silence_logs=False)
             except (OSError, RuntimeError, TimeoutError) as error:

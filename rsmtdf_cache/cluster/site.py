@@ -17,12 +17,13 @@ from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.specs import NumericsProfile
 from rsmtdf_cache.teachers.base import Teacher
 from rsmtdf_cache.work import Bench
+from rsmtdf_cache.writer import Publisher
 
 __all__ = ["set_up", "site_of"]
 
 
 def site_of(bench: Bench, mark: str, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Return what a worker needs to set up the same bench. ``mark``: a file in the store's ``tmp/`` to know it by."""
+    """Return what a worker needs to set up the same bench. ``mark``: what it knows the store by (``open_site``)."""
     return {
         "request": _with_whole_paths(bench.request).model_dump(mode="json", exclude_unset=True),
         "group_rows": bench.group_rows,
@@ -42,14 +43,11 @@ def set_up(site: dict[str, Any]) -> Bench:
     with the lines that differ.
     """
     request = BuildRequest.of(site["request"])
-    paths = StorePaths(request.out)
-    if not (paths.tmp / site["mark"]).is_file():
-        raise ResourceError(f"does not see the store {request.out}, which all workers must share under this path")
+    ledger, publish = _open_store(request.out, site["mark"])
     try:
         source = open_source(request.data)
     except (RsmtdfError, OSError) as error:
         raise ResourceError(f"does not see the dataset {request.data}, or another one ({error})") from None
-    ledger = Ledger.load(paths)
     teachers: dict[TeacherAsked, Teacher] = {}
     by_set, profiles, asked_of = {}, {}, {}
     for name, told in site["sets"].items():
@@ -58,15 +56,27 @@ def set_up(site: dict[str, Any]) -> Bench:
             teachers[asked] = load_asked(asked, request)
         by_set[name], profiles[name] = teachers[asked], NumericsProfile.from_json(told["profile"])
     reader = TileReader(source, ledger.table)
-    bench = Bench(request, source, ledger, site["group_rows"], asked_of, by_set, profiles, reader)
+    bench = Bench(request, source, ledger, site["group_rows"], asked_of, by_set, profiles, reader, publish)
     lines = unlike(site["fingerprint"], fingerprint_of(bench))
     if lines:
         raise MismatchError("would not write the same bytes:\n  " + "\n  ".join(lines))
     return bench
 
 
+def _open_store(out: Path | str, mark: str) -> tuple[Ledger, Publisher | None]:
+    if isinstance(out, str):
+        from rsmtdf_cache.bucket.destination import open_for_worker
+
+        return open_for_worker(out, mark)
+    paths = StorePaths(out)
+    if not (paths.tmp / mark).is_file():
+        raise ResourceError(f"does not see the store {out}, which all workers must share under this path")
+    return Ledger.load(paths), None
+
+
 def _with_whole_paths(request: BuildRequest) -> BuildRequest:
-    return request.model_copy(update={"data": _absolute(request.data), "out": _absolute(request.out)})
+    out = _absolute(request.out) if isinstance(request.out, Path) else request.out
+    return request.model_copy(update={"data": _absolute(request.data), "out": out})
 
 
 def _whole(asked: TeacherAsked) -> TeacherAsked:

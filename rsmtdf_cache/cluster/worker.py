@@ -5,9 +5,12 @@ Workers start no processes (a Nanny's worker may not); decoding, forward and wri
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,25 +66,38 @@ def leave(token: str) -> None:
 
 
 def compute_unit(token: str, set_id: str, group: int, tiles: int, folder: str) -> dict[str, Any]:
-    """Compute and commit one unit where ``folder`` permits it; return the record, bytes and seconds.
+    """Compute one unit and commit it where ``folder`` permits it; return the record, bytes and seconds.
 
+    Where the store is no folder, ``folder`` is the attempt's name, and the client commits.
     A unit that is committed already (its worker was lost before it could tell) is not computed again.
     """
     desk = next((d for d in _desks if d.token == token), None)
     if desk is None:
         raise NotAdmittedError(token)
     unit, place = Unit(set_id, group, tiles), Path(folder)
-    with desk.turn:
+    with desk.turn, _drafts(desk.bench, place) as drafts:
         since, signs = time.perf_counter(), _Signs(token, place.name)
         ledger = desk.bench.ledger
         there = ledger.paths.commit(set_id, group)
         if there.is_file():
             commit = read_commit(there)
         else:
-            signs.folder = begin(place)
+            signs.folder = drafts or begin(place)
             commit = compute(desk.bench, unit, signs.tile, signs.folder)
             ledger.forget(commit)
         return {"commit": commit.to_json(), "nbytes": signs.nbytes, "seconds": time.perf_counter() - since}
+
+
+@contextlib.contextmanager
+def _drafts(bench: Bench, place: Path) -> Iterator[Path | None]:
+    """Yield a folder of this machine for drafts, None where the permission itself is the folder for them."""
+    if bench.publish is None:
+        yield None
+        return
+    from distributed import get_worker
+
+    with tempfile.TemporaryDirectory(prefix=f"{place.name}-", dir=get_worker().local_directory) as folder:
+        yield Path(folder)
 
 
 class _Signs:

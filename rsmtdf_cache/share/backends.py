@@ -1,29 +1,40 @@
-"""The three ways to reach a store: a folder, a web server (read only), any other file system of fsspec.
+"""The ways to reach a store: a folder, a web server (read only); ``objects.py`` has all other file systems of fsspec.
 
 A backend raises whatever its library raises; ``transport.py`` alone turns that into this project's errors.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rsmtdf_cache.errors import ResourceError
 from rsmtdf_cache.share.address import Address
 
-__all__ = ["BLOCK_NBYTES", "Backend", "STREAM_NBYTES", "open_backend"]
+__all__ = ["BLOCK_NBYTES", "Backend", "FsspecBackend", "STREAM_NBYTES", "Tagged", "open_backend"]
 
 #: One ranged request of an object store asks for that much.
 BLOCK_NBYTES = 8 * 2**20
 #: One read of a stream.
 STREAM_NBYTES = 2**20
 _EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """An object as one answer had it. ``tag``: another one when it is replaced; ``age_s``: since it was written, by the
+    server's own clock where it tells its time.
+    """
+
+    data: bytes
+    tag: str
+    age_s: float
 
 
 class Backend(ABC):
@@ -51,6 +62,26 @@ class Backend(ABC):
         """Write a file in one step; ``absent``: only when there is none. Return whether it was written."""
         raise NotImplementedError
 
+    def top(self) -> list[str] | None:
+        """Return the names of files and folders right below the store, None where they cannot be listed."""
+        return None
+
+    def stat(self, name: str) -> tuple[int, str]:
+        """Return bytes and tag of a file (``Tagged.tag``). Raises ``FileNotFoundError``."""
+        raise NotImplementedError
+
+    def tagged(self, name: str) -> Tagged:
+        """Return a small file. Raises ``FileNotFoundError``."""
+        raise NotImplementedError
+
+    def replace(self, name: str, data: bytes, tag: str) -> bool:
+        """Write over a file if it still has ``tag``; return whether this did it."""
+        raise NotImplementedError
+
+    def remove(self, name: str, tag: str) -> bool:
+        """Remove a file if it still has ``tag``; return whether this did it."""
+        raise NotImplementedError
+
 
 def open_backend(address: Address) -> Backend:
     """Return the backend of ``address``. Raises ``ResourceError`` when the package for its protocol is missing."""
@@ -65,7 +96,11 @@ def open_backend(address: Address) -> Backend:
         install = f"pip install 'rsmtdf[{extra}]' (in a clone: pip install -e '.[{extra}]')"
         hint = install if extra else address.redact(str(error))
         raise ResourceError(f"{address.shown}: a package for {address.scheme}:// is missing: {hint}") from None
-    return _Web(address) if address.is_http else _Objects(address)
+    if address.is_http:
+        return _Web(address)
+    from rsmtdf_cache.share.objects import ObjectBackend
+
+    return ObjectBackend(address)
 
 
 class _Folder(Backend):
@@ -84,7 +119,7 @@ class _Folder(Backend):
         return (self._address.path / name).stat().st_size
 
 
-class _Fsspec(Backend):
+class FsspecBackend(Backend):
     """A file system of fsspec, made anew in every process: its event loop does not survive a fork."""
 
     def __init__(self, address: Address) -> None:
@@ -107,7 +142,7 @@ class _Fsspec(Backend):
         return {"_address": self._address, "_made": (0, None)}
 
 
-class _Web(_Fsspec):
+class _Web(FsspecBackend):
     """A web server through fsspec's session. Responses are streamed, so that a server that ignores ``Range``, or sends
     without end, costs no memory.
     """
@@ -170,92 +205,3 @@ def _ignored(response: Any, start: int) -> int:
     if found is None or int(found[1]) != start:
         raise ConnectionError("the server answered with another part of the file than was asked for")
     return 0
-
-
-class _Objects(_Fsspec):
-    def _options(self) -> dict[str, Any]:
-        if self._address.scheme not in ("s3", "s3a"):
-            return {}
-        # transport.py tries again itself, and several files travel at once: fewer tries and parts in flight here.
-        config = {"retries": {"mode": "standard", "max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}
-        return {"config_kwargs": config, "max_concurrency": 2, "use_listings_cache": False}
-
-    @property
-    def _fs(self) -> Any:
-        fs = super()._fs
-        if self._address.scheme in ("s3", "s3a"):
-            fs.retries = 1
-        return fs
-
-    def read(self, name: str, start: int, stop: int, block_nbytes: int = BLOCK_NBYTES) -> Iterator[bytes]:
-        url = self._address.url(name)
-        while start < stop:
-            asked = min(block_nbytes, stop - start)
-            try:
-                block: bytes = self._fs.cat_file(url, start=start, end=start + asked)
-            except OSError as error:
-                if error.errno == errno.EINVAL and not isinstance(error, FileNotFoundError):
-                    return  # S3's answer to a range that begins after the end
-                raise
-            if len(block) > asked:  # the server ignored the range
-                block = block[start : start + asked]
-            if block:
-                yield block
-            start += len(block)
-            if len(block) < asked:
-                return
-
-    def size(self, name: str) -> int:
-        return int(self._fs.info(self._address.url(name))["size"])
-
-    def listing(self, folder: str) -> dict[str, int] | None:
-        fs, root = self._fs, self._address.location.rstrip("/")
-        below = fs._strip_protocol(root).strip("/") + "/"
-        fs.invalidate_cache()
-        try:
-            found = fs.find(f"{root}/{folder}", detail=True)
-        except (FileNotFoundError, PermissionError, NotImplementedError):
-            return None  # nothing there, or a key that may read and not list: sizes are asked one by one
-        sizes = {n.lstrip("/"): int(f["size"]) for n, f in found.items() if f["type"] == "file"}
-        if not all(name.startswith(below) for name in sizes):
-            return None
-        return {name.removeprefix(below): size for name, size in sizes.items()}
-
-    def put(self, name: str, source: bytes | Path, absent: bool) -> bool:
-        try:
-            self._put(name, source, "create" if absent else "overwrite")
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if not absent or error.errno != errno.ENOSYS:
-                raise
-            return self._put_unguarded(name, source)  # a server without conditional puts
-        except NotImplementedError:
-            if not absent:
-                raise
-            return self._put_unguarded(name, source)
-        return True
-
-    def _put(self, name: str, source: bytes | Path, mode: str) -> None:
-        url, fs = self._address.url(name), self._fs
-        try:
-            self._send(fs, url, source, mode)
-        except FileNotFoundError:
-            if self._address.scheme in ("s3", "s3a", "gs", "gcs"):
-                raise  # no such bucket; making one is not ours
-            fs.makedirs(url.rpartition("/")[0], exist_ok=True)
-            self._send(fs, url, source, mode)
-
-    def _put_unguarded(self, name: str, source: bytes | Path) -> bool:
-        if self._fs.exists(self._address.url(name)):
-            return False
-        self._put(name, source, "overwrite")
-        return True
-
-    def _send(self, fs: Any, url: str, source: bytes | Path, mode: str) -> None:
-        if isinstance(source, bytes):
-            fs.pipe_file(url, source, mode=mode)
-        elif self._address.scheme in ("s3", "s3a"):
-            fs.put_file(str(source), url, mode=mode, chunksize=16 * 2**20)
-        else:
-            fs.put_file(str(source), url, mode=mode)

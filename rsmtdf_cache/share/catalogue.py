@@ -165,8 +165,8 @@ def describe_stores(on_event: EventSink = ignore_events) -> list[dict[str, Any]]
     """Return what ``cache list`` shows, as JSON data, the latest store first.
 
     ``status`` is ``ok``, ``missing`` (no such folder) or ``unreadable`` (``reason`` says why). ``complete`` counts the
-    tiles that have the features of all arrays, of ``tiles`` in the store. Raises ``ResourceError`` when the catalogue
-    cannot be read.
+    tiles that have the features of all arrays (pixels where a store has no features), of ``tiles`` in the store.
+    Raises ``ResourceError`` when the catalogue cannot be read.
     """
     check_catalogue()
     runs = registered_runs(on_event)
@@ -186,7 +186,7 @@ def _describe(entry: StoreEntry, runs: list[RunEntry]) -> dict[str, Any]:
 
     try:
         store = FeatureStore.open(entry.path, verify_reads="never")
-        found, committed = store.describe(), [store.committed(key) for key in store.keys()]
+        found, committed = store.describe(), [store.committed(key) for key in store.keys() or store.pixel_keys()]
     except (RsmtdfError, OSError, ImportError) as error:
         return row | {"status": "unreadable", "reason": _reason(error)}
     return row | {

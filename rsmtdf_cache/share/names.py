@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rsmtdf_cache.errors import FindingsError
 
-__all__ = ["HEAD", "MANIFEST", "checked_name", "is_metadata", "is_shard", "safe_place"]
+__all__ = ["HEAD", "LEASE", "MANIFEST", "checked_name", "is_metadata", "is_shard", "safe_place"]
 
 HEAD = "ledger/head.json"
+LEASE = "ledger/lease.json"
 MANIFEST = "manifest.json"
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}"
@@ -18,7 +19,7 @@ _SHARD = re.compile(rf"zarr/{_PART}/{_PART}/{_PART}/(?:features/c/{_GROUP}/0/0/0
 _METADATA = re.compile(rf"zarr/(?:{_PART}/){{0,5}}(?:zarr\.json|c(?:/\d{{1,10}}){{1,4}})")
 _RECORD = re.compile(
     r"""manifest\.json
-    | ledger/(?: (?:head|quarantine|dropped)\.json
+    | ledger/(?: (?:head|lease|quarantine|dropped)\.json
         | tiles/\d{10}\.(?:json|parquet)
         | sets/[0-9a-f]{16}\.json
         | commits/[0-9a-f]{16}/\d{8}(?:-\d{1,8})?\.json

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rsmtdf_cache.bucket.lease import refuse_held
 from rsmtdf_cache.errors import FindingsError, Interrupted, MismatchError, ResourceError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import RECORD_NBYTES_MAX, read_json, replace_file, replace_json, sha256_file
@@ -64,6 +65,8 @@ def push_store(
         return copy_local(origin, target.path, chosen, on_event, workers, dry_run, deep)
     source = local_records(origin.path, origin.snapshot)
     transport = connect(Address(target.scheme, target.location, target.query))
+    if not dry_run:
+        refuse_held(transport)
     report = CopyReport(origin.shown, target.shown, dry_run, CopyPlan(), source.snapshot)
     first: CopyPlan | None = None
     try:

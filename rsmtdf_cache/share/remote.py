@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,18 @@ from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.records import ShardRecord
 from rsmtdf_cache.share.address import Address
+from rsmtdf_cache.share.ahead import FetchAhead
 from rsmtdf_cache.share.names import checked_name
 from rsmtdf_cache.share.staged import is_whole, read_remote_head, stage_records, store_missing
 from rsmtdf_cache.share.transport import Transport, connect
 
-__all__ = ["RemoteMirror", "cache_limit_nbytes", "open_remote", "remote_home"]
+__all__ = ["AHEAD_SHARE", "RemoteMirror", "cache_limit_nbytes", "open_remote", "remote_home"]
 
 #: A mirror that nobody opened for so long is removed when its store is opened again.
 MIRROR_DAYS = 30
 _TOUCH_S = 60.0
+#: Share of the cache that one process fills ahead of need: eight processes of a node push nothing out for each other.
+AHEAD_SHARE = 1 / 8
 
 
 def remote_home() -> Path:
@@ -61,12 +64,13 @@ def cache_limit_nbytes() -> int:
     return int(value * 1e9)
 
 
-def open_remote(address: Address) -> tuple[Path, RemoteMirror]:
+def open_remote(address: Address, transport: Transport | None = None) -> tuple[Path, RemoteMirror]:
     """Return the folder with the records of the store at ``address`` as they are now, and what fetches its shards.
 
+    ``transport``: the way there, when the caller has it.
     Raises ``MismatchError`` (no store, newer format), ``FindingsError`` (damaged, hostile), ``ResourceError``.
     """
-    transport = connect(replace(address, snapshot=None))
+    transport = transport or connect(replace(address, snapshot=None))
     raw = read_remote_head(transport)
     if raw is None:
         raise store_missing(transport)
@@ -94,6 +98,7 @@ class RemoteMirror:
     def __init__(self, transport: Transport, home: Path) -> None:
         self._transport, self._home = transport, home
         self._touched: dict[Path, float] = {}
+        self._ahead = FetchAhead(self._bring, lambda: int(cache_limit_nbytes() * AHEAD_SHARE))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (RemoteMirror, (self._transport, self._home))
@@ -111,6 +116,21 @@ class RemoteMirror:
         Another fetch may remove it again at any time; an open file stays readable. Raises ``ResourceError`` (network,
         disk, a shard larger than the whole cache), ``FindingsError`` (the remote has other bytes).
         """
+        self._bring(record, place)
+
+    def fetch_soon(self, record: ShardRecord, place: Path, wanted: Callable[[], bool]) -> bool:
+        """Have the shard fetched in the background, after those asked for before, unless it is not ``wanted`` any more.
+
+        Return whether that was new. ``taken`` says that a reader has it; what is fetched and not taken yet is
+        ``AHEAD_SHARE`` of the cache at most.
+        """
+        return self._ahead.ask(record, place, wanted)
+
+    def taken(self, record: ShardRecord) -> None:
+        """Hear that a reader has opened the shard, or failed to."""
+        self._ahead.taken(record.sha256)
+
+    def _bring(self, record: ShardRecord, place: Path) -> None:
         shard = self._home / "shards" / record.sha256
         if not self._use(shard):
             limit = cache_limit_nbytes()

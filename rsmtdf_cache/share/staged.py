@@ -19,7 +19,7 @@ from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest, load_manifest
 from rsmtdf_cache.share.checks import check_ledger
-from rsmtdf_cache.share.names import HEAD, MANIFEST, checked_name, is_metadata, is_shard, safe_place
+from rsmtdf_cache.share.names import HEAD, LEASE, MANIFEST, checked_name, is_metadata, is_shard, safe_place
 from rsmtdf_cache.share.transport import Transport
 
 __all__ = ["Staged", "is_whole", "local_records", "read_remote_head", "stage_records", "store_missing"]
@@ -178,7 +178,7 @@ def _wanted(transport: Transport, head: Head, shown: str, all_snapshots: bool) -
     for name, (nbytes, digest) in head.files.items():
         checked_name(name)
         limit = PARQUET_NBYTES_MAX if name.endswith(".parquet") else RECORD_NBYTES_MAX
-        if is_shard(name) or name == HEAD or nbytes > limit:
+        if is_shard(name) or name in (HEAD, LEASE) or nbytes > limit:
             raise FindingsError(f"{shown}: its head names {name} with {nbytes} bytes; it is damaged or hostile")
         if is_metadata(name) or name == _QUARANTINE or (name == _DROPPED and now in head.files):
             continue

@@ -19,7 +19,7 @@ from typing import TypeVar
 from rsmtdf_cache.errors import FindingsError, ResourceError, RsmtdfError
 from rsmtdf_cache.files import fsync_file, sha256_file
 from rsmtdf_cache.share.address import Address, redact
-from rsmtdf_cache.share.backends import BLOCK_NBYTES, Backend, open_backend
+from rsmtdf_cache.share.backends import BLOCK_NBYTES, Backend, Tagged, open_backend
 from rsmtdf_cache.share.names import checked_name
 
 __all__ = ["Transport", "connect"]
@@ -74,15 +74,7 @@ class Transport:
 
     def size(self, name: str) -> int | None:
         """Return the bytes of a file, None when there is none."""
-        checked_name(name)
-
-        def ask() -> int | None:
-            try:
-                return self._call(name, lambda: self._backend.size(name))
-            except FileNotFoundError:
-                return None
-
-        return self._repeat(name, ask)
+        return self._there(name, lambda: self._backend.size(name))
 
     def sizes(self, names: Sequence[str], folder: str) -> dict[str, int]:
         """Return the bytes of those files of ``names``, all below ``folder``, that are there.
@@ -91,7 +83,7 @@ class Transport:
         """
         if not names:
             return {}
-        found = self._repeat(folder, lambda: self._call(folder, lambda: self._backend.listing(folder)))
+        found = self.listing(folder)
         if found is not None:
             return {name: found[name] for name in names if name in found}
         with ThreadPoolExecutor(8) as pool:
@@ -142,7 +134,42 @@ class Transport:
 
         return self._repeat(name, write)
 
+    def top(self) -> list[str] | None:
+        """Return the names of files and folders right below the store, None where they cannot be listed."""
+        return self._repeat("", lambda: self._call("", self._backend.top))
+
+    def listing(self, folder: str) -> dict[str, int] | None:
+        """Return the bytes of every file below ``folder`` by name; None where nothing is, or cannot be listed."""
+        return self._repeat(folder, lambda: self._call(folder, lambda: self._backend.listing(folder)))
+
+    def stat(self, name: str) -> tuple[int, str] | None:
+        """Return bytes and tag of a file, None when there is none."""
+        return self._there(name, lambda: self._backend.stat(name))
+
+    def tagged(self, name: str) -> Tagged | None:
+        """Return a small file with its tag and age, None when there is none."""
+        return self._there(name, lambda: self._backend.tagged(name))
+
+    def replace(self, name: str, data: bytes, tag: str) -> bool:
+        """Write over a file if it still has ``tag``; return whether this did it. As with ``put``, look again."""
+        return bool(self._there(name, lambda: self._backend.replace(name, data, tag)))
+
+    def remove(self, name: str, tag: str) -> bool:
+        """Remove a file if it still has ``tag``; return whether this did it."""
+        return bool(self._there(name, lambda: self._backend.remove(name, tag)))
+
     # -- how
+
+    def _there(self, name: str, ask: Callable[[], _T]) -> _T | None:
+        checked_name(name)
+
+        def once() -> _T | None:
+            try:
+                return self._call(name, ask)
+            except FileNotFoundError:
+                return None
+
+        return self._repeat(name, once)
 
     def _fill(self, name: str, draft: Path, nbytes: int, on_bytes: Callable[[int], None]) -> None:
         with draft.open("ab") as file:

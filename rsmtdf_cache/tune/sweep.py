@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -209,7 +210,7 @@ def tune_build(
 
 
 def _refuse(request: BuildRequest) -> None:
-    if StorePaths(request.out).manifest.is_file():
+    if isinstance(request.out, Path) and StorePaths(request.out).manifest.is_file():
         raise UsageError(
             f"--out {request.out}: a store is there; tune plans a new one, name a folder that is not there"
         )

@@ -6,8 +6,9 @@ teacher changed what comes out. A store half of whose features come from another
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from rsmtdf_cache.errors import DataError, FindingsError, MismatchError
 from rsmtdf_cache.events import EventSink, Warned, ignore_events
 from rsmtdf_cache.files import sha256_file
 from rsmtdf_cache.layout import ArraySet, Part, parts_of, shard_layout
-from rsmtdf_cache.ledger import Commit, Ledger
+from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
 from rsmtdf_cache.quality import token_cosines
 from rsmtdf_cache.shard import ShardReader
 from rsmtdf_cache.specs import FeatureSpec, NumericsProfile, TeacherSpec, differing_fields
@@ -75,18 +76,19 @@ class CanaryResult:
 def check_canary(
     teacher: Teacher, ledger: Ledger, reader: TileReader, group_rows: int, tiles: int = 4,
     on_event: EventSink = ignore_events, damaged: Collection[str] = (),
+    fetch: Callable[[ShardRecord, Path], None] | None = None,
 ) -> CanaryResult:  # fmt: skip
     """Encode ``tiles`` committed tiles of every array set of ``teacher`` again and compare them with what is stored.
 
     The tiles are those of smallest content digest, in the recorded numerics; ones that the dataset at hand lacks are
     passed over, and so are shards whose paths ``damaged`` names. Nothing committed, or no tile at hand: nothing is
-    compared, the latter with a warning. Raises ``MismatchError`` when a map differs, ``FindingsError`` when a stored
-    shard is damaged.
+    compared, the latter with a warning. ``fetch``: what brings a shard to its place where shards lie elsewhere. Raises
+    ``MismatchError`` when a map differs, ``FindingsError`` when a stored shard is damaged.
     """
     name = teacher.spec.name
     worst = CanaryResult(name, 0, 1.0)
     seen: set[int] = set()
-    committed, codes = 0, StoredCodes(ledger, group_rows)
+    committed, codes = 0, StoredCodes(ledger, group_rows, fetch)
     for set_id, record in sorted(ledger.sets.items()):
         specs = ledger.live(set_id)
         units = [c for c in ledger.commits[set_id].values() if not any(s.path in damaged for s in c.shards)]
@@ -148,10 +150,15 @@ def profile_here(recorded: NumericsProfile, teacher: Teacher) -> NumericsProfile
 
 
 class StoredCodes:
-    """Reads committed rows as they are stored. Each shard is compared with its sha256 when it is first touched."""
+    """Reads committed rows as they are stored. Each shard is compared with its sha256 when it is first touched.
 
-    def __init__(self, ledger: Ledger, group_rows: int) -> None:
-        self._ledger, self._group_rows = ledger, group_rows
+    ``fetch``: what brings a shard to its place before, where shards lie elsewhere.
+    """
+
+    def __init__(
+        self, ledger: Ledger, group_rows: int, fetch: Callable[[ShardRecord, Path], None] | None = None
+    ) -> None:
+        self._ledger, self._group_rows, self._fetch = ledger, group_rows, fetch
         self._shards: dict[str, ShardReader] = {}
 
     def read(self, spec: FeatureSpec, row: int) -> Codes:
@@ -165,6 +172,8 @@ class StoredCodes:
         record, place = commit.shard(spec.layer.name, part), self._ledger.paths.shard(spec.key, group, part)
         layout = shard_layout(spec, self._group_rows, part)
         if str(place) not in self._shards:
+            if self._fetch is not None and record is not None:
+                self._fetch(record, place)
             if record is None or not place.is_file() or sha256_file(place) != record.sha256:
                 raise FindingsError(f"{place}: missing or damaged; run `rsmtdf cache verify --repair` on the store")
             self._shards[str(place)] = ShardReader(place, layout)

@@ -66,6 +66,11 @@ class TargetMode(ABC):
     #: Teachers that the step itself asks, in online and mixed modes; see ``is_online``.
     live: LiveTeachers | None = None
 
+    @property
+    def remote(self) -> bool:
+        """Whether what is read may have to be fetched from another machine first."""
+        return False
+
     def is_online(self, step: int) -> bool:
         """Return whether ``live`` makes the targets of ``step``; then nothing is read for it."""
         return False

@@ -22,6 +22,7 @@ from rsmtdf_train.targets.stored import StoredTargets
 
 if TYPE_CHECKING:
     from rsmtdf_cache.plan import TeacherLoader
+    from rsmtdf_cache.stored_pixels import StoredPixels
     from rsmtdf_cache.teachers.base import Teacher
 
 __all__ = ["DRIFT_COSINE", "Drift", "drawn_tiles"]
@@ -53,10 +54,12 @@ class Drift:
         device: torch.device | None = None,
         held: Mapping[str, Teacher] | None = None,
         load: TeacherLoader | None = None,
+        pixels: StoredPixels | None = None,
     ) -> None:
         """``stored``: what the run reads. ``asked``: the recipe's ``teachers``, which say where weights are.
 
-        ``held``: teachers by name that the run has already (``LiveTeachers.teachers``).
+        ``held``: teachers by name that the run has already (``LiveTeachers.teachers``). ``pixels``: what a store has is
+        shown to them from there, and no image is decoded.
         """
         self.store = stored.store
         self._source = source
@@ -64,6 +67,7 @@ class Drift:
         self._asked = [parse_teacher(text) for text in asked]
         self._device = torch.device("cpu") if device is None else device
         self._load = load
+        self._pixels = pixels
         self._teachers: dict[str, Teacher | None] = dict(held or {})
         self._warned: set[str] = set()
         self._specs: dict[str, list[FeatureSpec]] = defaultdict(list)
@@ -104,7 +108,11 @@ class Drift:
         from rsmtdf_cache.upkeep.canary import compare_maps, profile_here
 
         row = self.store.tiles.row_of(tile_id)
-        image = self._source.read_image(self._tiles[tile_id])
+        held = self._pixels
+        if held is not None and tile_id in held:
+            image = held.image(tile_id)
+        else:
+            image = self._source.read_image(self._tiles[tile_id])
         found: dict[str, float] = {}
         for (name, view), together in views.items():
             teacher = self._teachers[name]

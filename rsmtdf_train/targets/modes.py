@@ -84,8 +84,11 @@ def _geometry(source: TileSource, recipe: Recipe, store: FeatureStore | None, ke
         if store is None:
             raise UsageError("augment.geometry fixed-views takes its crops from a store: --use-cache STORE")
         return fixed_view_geometry(store, recipe.crop_px, keys)
+    reads_features = recipe.targets != "none" and (recipe.distill is not None or recipe.probe is not None)
     if store is None:
         return Geometry(source.tile_px, recipe.crop_px)
+    if not reads_features and not store.keys() and store.pixel_keys():  # pixels alone: no lattice to keep to
+        return Geometry(store.tile_px, recipe.crop_px)
     return store_geometry(store, recipe.crop_px, keys, recipe.augment.approximate_orientations)
 
 

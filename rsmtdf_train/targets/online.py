@@ -90,6 +90,10 @@ class MixedTargets(TargetMode):
         self._seed = seed
         self._share = share
 
+    @property
+    def remote(self) -> bool:
+        return self.cached.remote
+
     def is_online(self, step: int) -> bool:
         """Return whether ``step`` is online: nothing of it need be read."""
         draw = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, _MIXED, step]))).random()

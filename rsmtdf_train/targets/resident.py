@@ -109,6 +109,8 @@ class ResidentTargets(TargetMode):
         scale = None if one.scale is None else torch.empty(count * tokens, dtype=torch.float16, device=device)
         step, start = max(1, _PIECE_NBYTES // one.nbytes), 0
         for entry in specs.values():
+            if store.remote:
+                store.will_read(entry.key, rows)
             for first in range(0, len(rows), step):
                 codes = store.read_codes(entry.key, rows[first : first + step])
                 stop = start + len(codes.values) * tokens

@@ -139,6 +139,10 @@ class StoredTargets(TargetMode):
             pairs = [(a, b) for a, b in shuffled.items() if a in store.tiles and b in store.tiles]
             self.instead = {self.row_of(a): self.row_of(b) for a, b in pairs}
 
+    @property
+    def remote(self) -> bool:
+        return self.store.remote
+
     def row_of(self, tile_id: str) -> int:
         return self.store.tiles.row_of(tile_id)
 

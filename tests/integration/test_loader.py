@@ -325,7 +325,7 @@ def test_padded_tokens_count_where_the_recipe_says_so_but_not_those_without_feat
 # --- parts, second views, the rest -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 6])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 6])
 def test_parts_of_a_batch_hold_its_crops_once_and_keep_partners_together(
     data: Path, store: FeatureStore, parts: int
 ) -> None:
@@ -339,7 +339,6 @@ def test_parts_of_a_batch_hold_its_crops_once_and_keep_partners_together(
     for piece in pieces:
         assert piece.step == 3 and piece.unlabeled is not None
         rows = rows_of(piece.unlabeled)
-        assert len(rows) == 12 // parts
         assert [partner[row] for row in rows] == rows[::-1]
         found += rows
     assert len(partner) == 12 and sorted(map(unlabeled.index, found)) == list(range(12))
@@ -360,9 +359,9 @@ def test_parts_of_a_step_come_together_and_in_order(data: Path, store: FeatureSt
 
 @pytest.mark.parametrize(
     ("sizes", "of", "named"),
-    [((3, 8), 2, r"batch.labeled 3 .* 2 .*choose 2 or 4"), ((4, 10), 4, r"batch.unlabeled 10 .* 4 .*choose 8 or 16")],
+    [((1, 8), 2, r"batch.labeled 1 .* 2 .*to 2 or more"), ((4, 5), 4, r"batch.unlabeled 5 .* 4 .*to 7 or more")],
 )
-def test_a_batch_that_cannot_be_cut_evenly_is_refused_before_the_first_step(
+def test_a_batch_that_leaves_a_part_without_a_crop_is_refused_before_the_first_step(
     data: Path, store: FeatureStore, sizes: tuple[int, int], of: int, named: str
 ) -> None:
     loader = open_loader(data, store, batch=dict(zip(("labeled", "unlabeled"), sizes, strict=True)))

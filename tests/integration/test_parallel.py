@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,22 +19,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsmtdf_cache.codecs import Codes
 from rsmtdf_cache.errors import DataError, Interrupted
+from rsmtdf_cache.read_plan import ReadPlan
 from rsmtdf_cache.sources import open_source
+from rsmtdf_cache.specs import FeatureKey
 from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cli.training import one_voice
 from rsmtdf_train.checkpoint import RunFolder, load_deployed
 from rsmtdf_train.evaluate import evaluate
 from rsmtdf_train.fusion import TargetShape
+from rsmtdf_train.launcher import PEER_GONE
 from rsmtdf_train.loader import BatchLoader
 from rsmtdf_train.loop import train
 from rsmtdf_train.losses import SupervisedLoss
-from rsmtdf_train.prepare import StepTools, part_to
+from rsmtdf_train.prepare import Part, StepTools, part_to
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sample import Batch, Targets
 from rsmtdf_train.state import TrainState, build_state
 from rsmtdf_train.step import train_step
-from tests.commands import Command, start_ranks, torchrun
+from tests.commands import Command, note_draws, start, start_ranks, torchrun
 from tests.stores import write_mean_store
 
 CPU, IGNORE = torch.device("cpu"), 255
@@ -116,7 +123,7 @@ def test_a_step_in_parts_has_the_losses_and_gradients_of_the_whole(root: Path, l
     counts = [spoiled(loader.batch(0, p, 4)).labeled.label.ne(IGNORE).sum().item() for p in range(4)]
     assert len(set(counts)) == 4, "the parts weigh differently, or this test shows nothing"
     whole, logs, gradients = first_steps(loader, here, 1, steps=2)
-    for parts in (2, 4):
+    for parts in (2, 3, 4):  # 3: shares of 1, 1 and 2 labelled crops, 2, 1 and 1 pairs
         state, mine, found = first_steps(loader, here, parts, steps=2)
         for line, expected in zip(mine, logs, strict=True):
             assert line.keys() == expected.keys()
@@ -127,6 +134,49 @@ def test_a_step_in_parts_has_the_losses_and_gradients_of_the_whole(root: Path, l
             [(a - b).flatten() for a, b in zip(state.ema.parameters(), whole.ema.parameters(), strict=True)]
         )
         assert apart.abs().mean() < 1e-3 * here.optim.lr, "Adam may turn rounding of a gradient near 0 into a step"
+
+
+@pytest.mark.parametrize("loss", ["dice", "ohem"])
+def test_a_loss_that_looks_at_its_own_share_is_weighted_by_the_crops_of_the_share(
+    root: Path, loader: BatchLoader, loss: str
+) -> None:
+    here = recipe(root, supervised={"loss": loss})
+    shares = [len(loader.draws(0, part, 3)[0]) for part in range(3)]
+    assert shares == [1, 1, 2]
+    assert loader.targets is not None
+    shapes = [
+        TargetShape(k, t.channels, float(t.stride_px), float(t.offset_px)) for k, t in loader.targets.specs.items()
+    ]
+    tools = StepTools(SupervisedLoss(here.supervised, None, IGNORE), IGNORE, loader.offsets_px)
+    parts = [part_to(loader.batch(0, part, 3), CPU, here.channels_last) for part in range(3)]
+
+    def labeled(*some: Part) -> float:
+        return float(train_step(build_state(here, 3, shapes, CPU), some, here, tools)["loss_labeled"])
+
+    mean = sum(n * labeled(part) for n, part in zip(shares, parts, strict=True)) / 4
+    assert labeled(*parts) == pytest.approx(mean, rel=1e-5)
+
+
+def test_processes_read_together_what_one_reads_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[tuple[str, int, int]] = Counter()
+    real = FeatureStore.read_planned
+
+    def read_planned(self: FeatureStore, key: FeatureKey, plan: ReadPlan, out: Codes) -> None:
+        for group, reads in plan.groups.items():
+            read.update((str(key), group, row) for _, row, _, _ in reads)
+        real(self, key, plan, out)
+
+    monkeypatch.setattr(FeatureStore, "read_planned", read_planned)
+    found = []
+    for world in (1, 2, 3):
+        read.clear()
+        for rank in range(world):  # each with a loader of its own, as a process has it
+            own = BatchLoader.open(open_source(root / "data"), recipe(root), FeatureStore.open(root / "store"))
+            for _ in own.iterate(0, 4, [rank], world):
+                pass
+        found.append(dict(read))
+    assert found[0] == found[1] == found[2]
+    assert sum(found[0].values()) == 4 * 12 * 2, "12 crops a step, two layers"
 
 
 def test_channels_last_is_a_layout_and_no_other_numbers(root: Path, loader: BatchLoader) -> None:
@@ -195,25 +245,87 @@ def until(ready: Callable[[], bool], commands: Sequence[Command]) -> None:
         time.sleep(0.002)
 
 
-def test_when_one_process_is_told_to_stop_or_dies_the_run_continues_as_that_of_one(root: Path, alone: Path) -> None:
-    out = root / "stopped"
-    log = out / "log.jsonl"
-    ranks = start_ranks(words(root, out, "-q"), root, 2)
+def test_a_run_that_loses_processes_continues_on_other_numbers_as_that_of_one(
+    root: Path, alone: Path, loader: BatchLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 2, one of which is killed; on 3, one of which is told to stop; on 1. What each of them drew is noted."""
+    out, noted = root / "stopped", root / "draws.jsonl"
+    log, draws = out / "log.jsonl", {"NOTED_DRAWS": str(noted)}
+    ranks = start_ranks(words(root, out, "-q"), root, 2, draws)
     until((out / "checkpoints" / "last.pt").exists, ranks)
     os.kill(ranks[1].pid, signal.SIGKILL)
     assert [c.end() for c in ranks] == [6, -signal.SIGKILL]
     assert "another process of this run ended" in ranks[0].stderr.read_text()
     inode, resumed = log.stat().st_ino, torch.load(out / "checkpoints" / "last.pt", weights_only=True)["step"]
-    ranks = start_ranks(words(root, out, "-q"), root, 2)
+    ranks = start_ranks(words(root, out, "-q"), root, 3, draws)
     until(lambda: log.stat().st_ino != inode and log.read_text().count("\n") > resumed, ranks)
-    os.kill(ranks[random.SystemRandom().randrange(2)].pid, signal.SIGTERM)
-    assert [c.end() for c in ranks] == [5, 5], [c.stderr.read_text() for c in ranks]
+    os.kill(ranks[random.SystemRandom().randrange(3)].pid, signal.SIGTERM)
+    assert [c.end() for c in ranks] == [5, 5, 5], [c.stderr.read_text() for c in ranks]
     done = len(lines(log))
     assert f"after step {done} of 6; the checkpoint is in" in ranks[0].stderr.read_text()
-    assert ranks[1].stderr.read_text() == "", "said once"
+    assert ranks[1].stderr.read_text() == ranks[2].stderr.read_text() == "", "said once"
+    monkeypatch.setattr(BatchLoader, "_made", BatchLoader._made)  # put back afterwards
+    note_draws(noted, 0, 1)
     result = train(recipe(root), out, root / "store", device="cpu", tensorboard=False)
     assert result.resumed_at == done < 6
     assert_nearly_the_same_run(out, alone)
+    seen = lines(noted)
+    for count, steps in ((2, range(resumed)), (3, range(resumed, done)), (1, range(done, 6))):
+        for step in steps:
+            mine = sorted((n for n in seen if (n["count"], n["step"]) == (count, step)), key=lambda n: n["rank"])
+            assert [n["rank"] for n in mine] == list(range(count))
+            labeled, unlabeled = ([[d.epoch, d.tile_id, d.orientation] for d in some] for some in loader.draws(step))
+            assert [crop for n in mine for crop in n["crops"][0]] == labeled
+            assert sorted(crop for n in mine for crop in n["crops"][1]) == sorted(unlabeled)
+
+
+def test_a_process_that_hangs_is_not_waited_for_for_ever(root: Path) -> None:
+    out = root / "hung"
+    ranks = start_ranks(words(root, out, "-q"), root, 2, {"RSMTDF_PEER_TIMEOUT_S": "4"})
+    until((out / "checkpoints" / "last.pt").exists, ranks)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    code = ranks[0].end()
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    ranks[1].end()
+    said = ranks[0].stderr.read_text()
+    assert code == 6 and "did not answer for" in said and "Traceback" not in said, said
+
+
+def test_processes_that_opened_different_things_are_refused(root: Path, tmp_path: Path) -> None:
+    """As on two machines whose folders are not the same: the second process has another recipe."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        start(words(root, tmp_path / "run", "-q", "--set", f"seed={rank}"), tmp_path, f"rank{rank}",
+              place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [c.end() for c in ranks] == [4, 4]
+    assert "opened different things" in ranks[0].stderr.read_text()
+    assert not (tmp_path / "run").exists(), "nothing is written"
+
+
+def test_an_error_of_one_process_is_left_to_it_by_those_that_a_launcher_started(root: Path, tmp_path: Path) -> None:
+    """``launcher.launch`` tells of it; these are its processes, without it."""
+    data = tmp_path / "data"
+    shutil.copytree(root / "data", data)
+    run = [word if word != root / "recipe.yaml" else tmp_path / "recipe.yaml" for word in words(root, tmp_path / "run")]
+    (tmp_path / "recipe.yaml").write_text(recipe(root, data=str(data), distill=False, targets="none").to_yaml())
+    (data / "images" / "t000.png").write_bytes(b"no picture")
+    del run[run.index("--use-cache") : run.index("--use-cache") + 2]
+    loader = BatchLoader.open(open_source(data), recipe(root, data=str(data), distill=False, targets="none"))
+    where = [{d.tile_id for some in loader.draws(0, rank, 2) for d in some} for rank in range(2)]
+    ranks = start_ranks(run, tmp_path, 2, {"RSMTDF_MEETING": str(tmp_path / "meeting")})
+    codes = [c.end() for c in ranks]
+    said = [c.stderr.read_text() for c in ranks]
+    assert sum("t000" in one for one in where) in (1, 2)
+    for rank, code in enumerate(codes):
+        if code == PEER_GONE:
+            assert "error" not in said[rank]
+        else:
+            assert code == 3 and said[rank].count("error: ") == 1 and "t000" in said[rank]
+    assert 3 in codes
 
 
 def test_one_process_of_several_speaks_and_the_others_say_who_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

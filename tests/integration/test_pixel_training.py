@@ -18,10 +18,13 @@ from rsmtdf_cache.store import FeatureStore
 from rsmtdf_train.checkpoint import RunFolder, load_deployed
 from rsmtdf_train.loader import BatchLoader
 from rsmtdf_train.loop import train
+from rsmtdf_train.targets.drift import Drift
+from rsmtdf_train.targets.stored import StoredTargets
 from tests.command_line import call
 from tests.datasets import write_dataset, write_split
 from tests.pixel_runs import CPU, batches, build, recipe, require_same
 from tests.scene_sets import classes_file, write_pair
+from tests.teachers import load_mean_teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,6 +122,60 @@ def test_unlabelled_scenes_need_not_be_there(scenes: Path, tmp_path: Path) -> No
     source.check(["train"])
     for step, batch in enumerate(before):
         require_same(loader.batch(step), batch)
+
+
+def test_unlabelled_scenes_whose_labels_are_there_need_not_be_there(scenes: Path, tmp_path: Path) -> None:
+    """Labels of tiles that train unlabelled only score pseudo-labels; where they lie is read off the image."""
+    root = Path(shutil.copytree(scenes.parent, tmp_path / "moved"))
+    with rasterio.open(root / "labels" / "north.tif") as labels, rasterio.open(root / "images" / "south.tif") as image:
+        profile, values = {**labels.profile, "transform": image.transform}, labels.read()
+    with rasterio.open(root / "labels" / "south.tif", "w", **profile) as file:
+        file.write(values)
+    code, _, err = call(
+        "data", "tile", root / "images", "--labels", root / "labels", "--classes", classes_file(root), "--tile", 64,
+        "--scale", "200,9000", "--out", root / "both", "--val", "west", "--test", "0",
+    )  # fmt: skip
+    assert code == 0, err
+    source = open_source(root / "both")
+    labeled = [tile.id for tile in source.tiles(["train"]) if "north" in tile.id][:2]
+    write_split(root / "both", "labeled/two", labeled)
+    built = build(root / "both", tmp_path / "store")
+    with_images = recipe(root / "both", labeled="two", unlabeled="rest")
+    train(with_images, tmp_path / "with", built, device="cpu", tensorboard=False)
+    (root / "images" / "south.tif").unlink()
+    train(with_images, tmp_path / "without", built, device="cpu", tensorboard=False)
+    one, other = (load_deployed(RunFolder(tmp_path / n), "ema", CPU)[0].state_dict() for n in ("with", "without"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    (root / "images" / "north.tif").unlink()  # its labels are used: told before the first step
+    with pytest.raises(DataError, match=r"north\.tif"):
+        train(with_images, tmp_path / "fails", built, device="cpu", tensorboard=False)
+    assert not (tmp_path / "fails").exists()
+
+
+def test_drift_is_watched_without_the_images(data: Path, store: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(data, tmp_path / "bare"))
+    source, loaded = open_source(data), FeatureStore.open(store)
+    loader = BatchLoader.open(source, recipe(data), loaded, pixels="store")
+    ids = [(tile_id, 0) for tile_id in source.split("train")[:3]]
+    assert isinstance(loader.targets, StoredTargets)
+    shown = Drift(loader.targets, source, load=load_mean_teacher).measure(ids)
+    for tile_id, _ in ids:
+        (bare / "images" / f"{tile_id}.png").unlink()
+    gone = open_source(bare)
+    gone.held = loader.dataset.pixels
+    assert Drift(loader.targets, gone, load=load_mean_teacher, pixels=loader.dataset.pixels).measure(ids) == shown != {}
+
+
+def test_a_store_of_pixels_alone_trains_what_reads_no_features(data: Path, tmp_path: Path) -> None:
+    built = build(data, tmp_path / "pixels", teachers=())
+    asked = recipe(data).without_distillation()
+    on_images = train(asked, tmp_path / "images", None, device="cpu", tensorboard=False)
+    on_store = train(asked, tmp_path / "stored", built, device="cpu", tensorboard=False, pixels="store")
+    assert on_images.metrics["step"] == on_store.metrics["step"] == 4
+    one, other = (load_deployed(RunFolder(tmp_path / n), "ema", CPU)[0].state_dict() for n in ("images", "stored"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(UsageError, match="holds no arrays; build features into it"):
+        train(recipe(data), tmp_path / "distils", built, device="cpu", tensorboard=False)
 
 
 def test_pixels_of_another_dataset_are_refused(data: Path, store: Path, tmp_path: Path) -> None:

@@ -541,11 +541,12 @@ def test_a_damaged_copy_in_a_folder_is_healed_by_copying_again(
 
 
 def test_a_bucket_that_may_not_be_listed_is_asked_file_by_file(store: Path, bucket: str, monkeypatch: Any) -> None:
-    from rsmtdf_cache.share.backends import Backend, _Objects
+    from rsmtdf_cache.share.backends import Backend
+    from rsmtdf_cache.share.objects import ObjectBackend
 
     push_store(store, "s3://bucket/store")
     damage_bucket(bucket, store, "deleted")
-    monkeypatch.setattr(_Objects, "listing", Backend.listing)
+    monkeypatch.setattr(ObjectBackend, "listing", Backend.listing)
     assert push_store(store, "s3://bucket/store").plan.replaced == 1
 
 
@@ -655,7 +656,6 @@ def test_progress_reaches_its_end_after_a_resume(store: Path, web: WebFolder, tm
         ("pull", "STORE", "s3://bucket/x"),
         ("pull", "STORE", "https://someone:hunter2hunter2@host/x"),
         ("merge", "STORE", "STORE", "--out", "https://someone:hunter2hunter2@host/x"),
-        ("build", "data", "--teacher", "mean", "--out", "s3://bucket/x"),
     ],
 )
 def test_a_url_where_a_folder_belongs_is_a_usage_error(store: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:

@@ -83,6 +83,11 @@ def test_cache_info_of_a_small_store_reads_json_alone(store: Path, shown: list[s
     assert not loaded & (_HEAVY | {"rsmtdf_train"}), sorted(loaded & _HEAVY)
 
 
+def test_an_audit_needs_no_network(store: Path) -> None:
+    loaded = _loaded("cache", "verify", str(store), "--quiet")
+    assert "numpy" in loaded and not loaded & {"torch", "timm", "rasterio", "PIL", "rsmtdf_train"}, sorted(loaded)
+
+
 def test_opening_and_describing_a_store_leaves_its_tile_table_alone(store: Path, tmp_path: Path) -> None:
     opened, whole = FeatureStore.open(store), FeatureStore.open(store)
     wanted = whole.describe()

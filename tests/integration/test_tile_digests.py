@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsmtdf_cache.events import ignore_events
+from rsmtdf_cache import index
+from rsmtdf_cache.events import Event, Progress, ignore_events
 from rsmtdf_cache.index import index_tiles
 from rsmtdf_cache.sources import open_source
 from rsmtdf_cache.tile_digests import TileDigests
@@ -47,6 +48,29 @@ def test_a_second_index_decodes_nothing_and_finds_the_same(data: Path) -> None:
     first, decoded = indexed(data)
     assert len(decoded) == 6
     assert indexed(data) == (first, [])
+
+
+def test_an_index_that_is_stopped_keeps_what_it_saw_and_looks_only_a_little_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_dataset(tmp_path / "many", tiles=40, tile_px=32)
+    for image in data.rglob("*.png"):
+        os.utime(image, (1_700_000_000, 1_700_000_000))
+    monkeypatch.setattr(index, "_AHEAD", 10)
+    source = open_source(data)
+    seen = 0
+
+    def stop(event: Event) -> None:
+        nonlocal seen
+        seen += isinstance(event, Progress)
+        if seen == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index_tiles(source, source.tiles(), stop)
+    whole, decoded = indexed(data)
+    assert len(whole) == 40 and 40 - 5 - 10 <= len(decoded) <= 40 - 5
+    assert "t000" not in decoded and "t039" in decoded
 
 
 def test_a_changed_image_is_decoded_again_and_a_touched_one_is_not(data: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,14 @@ import pytest
 import torch
 from torch.backends.cpu import get_cpu_capability
 
-from rsmtdf_cache.build import build_store
+from rsmtdf_cache.build import BuildReport, build_store
 from rsmtdf_cache.cluster import worker
+from rsmtdf_cache.cluster.places import OwnProcesses
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.request import BuildRequest
+from rsmtdf_cache.verify import verify_store
+from rsmtdf_cache.work import Executor
 from tests.clusters import Cluster, Temper, cluster, until
 from tests.commands import Command, start
 from tests.datasets import write_dataset
@@ -44,12 +48,13 @@ def crew(tmp_path: Path) -> Iterator[Cluster]:
         yield here
 
 
-def finish(root: Path, out: Path, threads: int = 1) -> None:
+def finish(root: Path, out: Path, threads: int = 1, executor: Executor | None = None) -> BuildReport:
     """Build, or continue, in this process."""
-    build_store(BuildRequest.of({
+    request = BuildRequest.of({
         "data": root / "data", "out": out, "teachers": ["timm:test_vit,pretrained=none"], "group_rows": 2,
         "threads": threads, "micro_batch": 2, "device": "cpu",
-    }))  # fmt: skip
+    })  # fmt: skip
+    return build_store(request, executor=executor)
 
 
 def words(root: Path, out: Path, *more: object, threads: int = 1) -> list[object]:
@@ -101,7 +106,7 @@ def test_workers_of_a_scheduler_make_the_store_of_one_process(root: Path, crew: 
             return sorted(look.run_on_scheduler(_tasks))
 
         until(lambda: len(at_rest()) == 4, lambda: str(at_rest()))
-        assert all(key.startswith("rsmtdf-unit-") for key in at_rest()), "two units for each worker, and nothing else"
+        assert all(key.startswith("rsmtdf encode timm_test_vit/s") for key in at_rest()), "two for each, nothing else"
     crew.release()
     found = report(client)
     with Client(crew.address, set_as_default=False) as look:
@@ -296,6 +301,7 @@ def test_an_interrupted_build_takes_units_back_and_continues(root: Path, crew: C
     os.kill(client.pid, signal.SIGINT)
     assert "2 shard groups" in ended(client, 5)
     assert not (tmp_path / "s" / "tmp").exists()
+    assert verify_store(tmp_path / "s", deep=True) == [], "its shards were published, its record was not"
     crew.release()
     found = report(build(root, tmp_path / "s", crew, "again"))
     assert found["units_before"] == 2 and crew.steps(7) == {"a": UNITS}
@@ -307,7 +313,7 @@ def test_an_interrupted_build_takes_units_back_and_continues(root: Path, crew: C
 def test_processes_of_this_machine_listen_to_it_alone_die_with_the_build_and_have_a_gpu_each(
     root: Path, tmp_path: Path
 ) -> None:
-    """With two torch threads, whatever a Nanny puts into the environment."""
+    """With two torch threads, whatever a Nanny puts into the environment; no HTTP server of any process."""
     (tmp_path / "data").symlink_to(root / "data")
     finish(tmp_path, tmp_path / "whole", threads=2)
     first = start(words(root, tmp_path / "s", "--workers", 1, threads=2), tmp_path, "first")
@@ -315,14 +321,21 @@ def test_processes_of_this_machine_listen_to_it_alone_die_with_the_build_and_hav
     os.kill(first.pid, signal.SIGSTOP)
     client = psutil.Process(first.pid)
     family = [client, *client.children(recursive=True)]
-    listening = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    assert len(family) > 1 and listening == {"127.0.0.1"}
+    listening = {c.laddr for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert len(family) > 1 and {a.ip for a in listening} == {"127.0.0.1"}
+    assert len(listening) == 3, "scheduler, Nanny, worker"
     os.kill(first.pid, signal.SIGKILL)
     assert first.end() == -signal.SIGKILL
     assert psutil.wait_procs(family[1:], timeout=60)[1] == []
-    found = report(start(words(root, tmp_path / "s", "--gpus", "3,7", threads=2), tmp_path, "second"))
-    assert found["units"] + found["units_before"] == UNITS and found["units_before"] > 0
-    names = [t["name"] for t in found["workers"]]
+    assert "8787" not in first.stderr.read_text()
+    gpus = [{"CUDA_VISIBLE_DEVICES": n} for n in "37"]  # what `--gpus 3,7` asks for where they are
+    page = tmp_path / "report.html"
+    found = finish(tmp_path, tmp_path / "s", threads=2, executor=OwnProcesses(gpus, 60, report=page))
+    assert found.units + found.units_before == UNITS and found.units_before > 0
+    names = [t.name for t in found.workers]
     assert all(n.startswith("tls://127.0.0.1:") for n in names)
     assert sorted(n.partition(" ")[2] for n in names) == ["(GPU 3)", "(GPU 7)"]
     assert_whole(tmp_path, tmp_path / "s")
+    text = page.read_text()
+    assert "rsmtdf encode timm_test_vit/s64o0" in text and not re.search("<script[^>]*src=", text)
+    assert {p.name for p in tmp_path.glob(".*")} == set()

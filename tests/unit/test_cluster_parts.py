@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from rsmtdf_cache import writer
 from rsmtdf_cache.build import build_store
@@ -44,7 +45,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def bench_of(request: BuildRequest) -> Bench:
-    ledger, source = Ledger.load(StorePaths(request.out)), open_source(request.data)
+    ledger, source = Ledger.load(StorePaths(Path(request.out))), open_source(request.data)
     [name], [asked] = ledger.sets, request.teachers
     teacher = load_asked(asked, request, load_mean_teacher)
     reader = TileReader(source, ledger.table)
@@ -134,7 +135,7 @@ def test_a_bench_is_set_up_from_plain_data_and_refused_where_anything_differs(
         "device": "cpu", "threads": 1,
     })  # fmt: skip
     build_store(request)
-    ledger, source = Ledger.load(StorePaths(request.out)), open_source(request.data)
+    ledger, source = Ledger.load(StorePaths(Path(request.out))), open_source(request.data)
     teacher, sets = load_asked(request.teachers[0], request), ledger.sets
     mine = Bench(
         request, source, ledger, 8, dict.fromkeys(sets, request.teachers[0]), dict.fromkeys(sets, teacher),
@@ -175,11 +176,22 @@ def test_bits_that_a_process_does_not_give_twice_are_no_reason_to_refuse() -> No
 def test_each_process_gets_one_of_the_gpus_that_are_visible() -> None:
     assert gpu_ids("all", {}, 2) == ["0", "1"]
     assert gpu_ids("all", {"CUDA_VISIBLE_DEVICES": "5,2"}, 2) == ["5", "2"]
-    assert gpu_ids("2, 5", {"CUDA_VISIBLE_DEVICES": "5,2"}, 0) == ["2", "5"]
-    assert gpu_ids("1", {"CUDA_VISIBLE_DEVICES": ""}, 0) == ["1"]
-    for text, environ in (("all", {}), ("0,", {}), ("0,0", {}), ("", {}), ("1", {"CUDA_VISIBLE_DEVICES": "0"})):
-        with pytest.raises(UsageError, match="--gpus"):
-            gpu_ids(text, environ, 0)
+    assert gpu_ids("2, 5", {"CUDA_VISIBLE_DEVICES": "5,2"}, 2) == ["2", "5"]
+    assert gpu_ids("GPU-a", {"CUDA_VISIBLE_DEVICES": "GPU-b,GPU-a"}, 2) == ["GPU-a"]
+    assert gpu_ids("1", {}, 2) == ["1"]
+    for text, environ, count, said in (
+        ("all", {}, 0, "torch sees no GPU here"),
+        ("7", {}, 0, "torch sees no GPU here"),
+        ("7", {}, 2, "there is no GPU 7; torch sees 0, 1$"),
+        ("0,x", {}, 2, "there is no GPU x; torch sees 0, 1$"),
+        ("1", {"CUDA_VISIBLE_DEVICES": "0"}, 1, r"no GPU 1; torch sees 0 \(CUDA_VISIBLE_DEVICES=0\)"),
+        ("5", {"CUDA_VISIBLE_DEVICES": "2,5"}, 1, "no GPU 5; torch sees 2 "),  # named, and not there
+        ("0,", {}, 2, "ids with commas between"),
+        ("0,0", {}, 2, "each once"),
+        ("", {}, 2, "write all, or ids"),
+    ):
+        with pytest.raises(UsageError, match=f"--gpus {text}: .*{said}"):
+            gpu_ids(text, environ, count)
 
 
 @pytest.mark.parametrize(("asked", "said"), [
@@ -189,10 +201,28 @@ def test_each_process_gets_one_of_the_gpus_that_are_visible() -> None:
     (ClusterAsked(workers=1, patience_s=0), "--patience 0"),
     (ClusterAsked(dashboard=True), "--dashboard: goes with"),
     (ClusterAsked(scheduler="localhost"), "write tcp://HOST:PORT"),
+    (ClusterAsked(report=Path("r.html")), "--performance-report: goes with"),
+    (ClusterAsked(workers=1, report=Path("/")), "--performance-report /: a folder"),
+    (ClusterAsked(workers=1, report=Path("no-such-folder/r.html")), "the folder no-such-folder is not there"),
 ])  # fmt: skip
 def test_options_that_contradict_are_refused(asked: ClusterAsked, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         executor_of(asked)
+
+
+@pytest.mark.parametrize("asked", [
+    ClusterAsked(workers=1, dashboard=True), ClusterAsked(workers=1, report=Path("r.html")),
+])  # fmt: skip
+def test_pages_without_bokeh_are_refused(asked: ClusterAsked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rsmtdf_cache.cluster.asked.find_spec", lambda name: None if name == "bokeh" else name)
+    with pytest.raises(UsageError, match=r"needs bokeh; run: pip install 'rsmtdf\[dashboard\]'"):
+        executor_of(asked)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU on a machine without one")
+def test_gpus_that_are_not_there_are_refused() -> None:
+    with pytest.raises(UsageError, match="--gpus 7: torch sees no GPU here"):
+        executor_of(ClusterAsked(gpus="7"))
 
 
 def test_gpus_and_another_device_contradict_and_nothing_asked_is_this_process() -> None:
