@@ -29,6 +29,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_mean_store(tmp_path_factory.mktemp("devices"), tiles=13)
 
 
+@pytest.fixture(scope="module")
+def alone(root: Path) -> Path:
+    """The same run by one process."""
+    train(recipe(root), root / "alone", root / "store", device="cpu", tensorboard=False)
+    return root / "alone"
+
+
 def recipe(root: Path) -> Recipe:
     """A student without batch norm, a batch that two processes cannot share evenly."""
     return Recipe.model_validate({
@@ -56,7 +63,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
 
 
-def test_a_run_on_devices_is_told_to_stop_and_continues_as_that_of_one(root: Path) -> None:
+def test_a_run_on_devices_is_told_to_stop_and_continues_as_that_of_one(root: Path, alone: Path) -> None:
     out = root / "run"
     process = start(root, "--out", out, "--devices", 2)
     while not (out / "log.jsonl").exists() and process.poll() is None:
@@ -81,8 +88,7 @@ def test_a_run_on_devices_is_told_to_stop_and_continues_as_that_of_one(root: Pat
     assert (process.returncode, said) == (0, "")
     result = json.loads(shown)
     assert (result["resumed_at"], result["step"], result["run"]) == (done, 8, str(out))
-    train(recipe(root), root / "alone", root / "store", device="cpu", tensorboard=False)
-    for mine, expected in zip(lines(out), lines(root / "alone"), strict=True):
+    for mine, expected in zip(lines(out), lines(alone), strict=True):
         assert mine == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
@@ -103,10 +109,10 @@ def test_devices_that_cannot_be_had_are_refused_before_anything_is_written(
     assert code == 2 and said in err and not (tmp_path / "run").exists()
 
 
-def test_one_device_is_this_process(root: Path, tmp_path: Path) -> None:
+def test_one_device_is_this_process(root: Path, alone: Path) -> None:
     """The run is complete already, so that nothing is trained: no process is started to find that out."""
     before = psutil.Process().children(recursive=True)
-    code, _, err = call(*words(root, "--out", root / "alone", "--devices", 1))
+    code, _, err = call(*words(root, "--out", alone, "--devices", 1))
     assert code == 0 and "is complete already (8 steps)" in err
     assert psutil.Process().children(recursive=True) == before
 
