@@ -164,5 +164,6 @@ def _explain(error: ValidationError) -> list[str]:
             known = TeacherAsked.model_fields if fault["loc"][0] == "teachers" else BuildRequest.model_fields
             lines.append(f"unknown key {where!r}.{did_you_mean(str(fault['loc'][-1]), known)}")
         else:
-            lines.append(f"{where}: {fault['msg']}" if where else fault["msg"])
+            said = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {said}" if where else said)
     return lines

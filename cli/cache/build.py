@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rsmtdf_cli.cache.asked import asks_for_build
+from rsmtdf_cli.cache.detach import announcing, detach_build
 from rsmtdf_cli.cache.plan import make_plan, seconds_text
 from rsmtdf_cli.cache.show import plain, show_arrays, size
 from rsmtdf_cli.console import JsonOption, QuietOption, command, console, emit_json, progress
@@ -44,6 +45,9 @@ def build(
     performance_report: Annotated[
         Path | None, typer.Option(help="HTML file for dask's report on workers and tasks.", metavar="FILE")
     ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return when the work begins; it goes on, and writes to STORE.log.")
+    ] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -53,6 +57,8 @@ def build(
     from rsmtdf_cache.errors import UsageError
     from rsmtdf_cache.forecast import read_measured
 
+    if dry_run and detach:
+        raise UsageError("--detach: goes with a build; --dry-run writes nothing")
     if dry_run:
         make_plan(request, measure, json, quiet)
         return
@@ -61,10 +67,13 @@ def build(
     measured = read_measured(_read_plan(plan), f"--plan {plan}") if plan else None
     if plan and measured is None:
         raise UsageError(f"--plan {plan}: made with --no-measure, there is no time to compare with; leave it out")
+    if detach:
+        detach_build(request.out, json, quiet)
+        return
     asked = ClusterAsked(workers, gpus, scheduler, dashboard, patience, performance_report)
     executor = executor_of(asked, request.device)
     with progress(quiet) as on_event:
-        report = build_store(request, on_event, measured=measured, executor=executor)
+        report = build_store(request, announcing(on_event), measured=measured, executor=executor)
     if json:
         emit_json(report.to_json())
     elif not quiet:
