@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -33,6 +34,12 @@ def build(folder: Path, *more: object, tiles: int = 8) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def ended(pid: int) -> None:
+    """Wait for the end of a process that is nobody's child here."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)  # where nobody asks how it ended
+
+
 def test_a_detached_build_goes_on_when_its_terminal_is_gone_and_can_be_stopped(tmp_path: Path) -> None:
     one = build(tmp_path, "--teacher", TEACHER, "--json", "--micro-batch", 1, tiles=40)
     shown, said = one.communicate(timeout=240)
@@ -46,7 +53,7 @@ def test_a_detached_build_goes_on_when_its_terminal_is_gone_and_can_be_stopped(t
     found = Watch(tmp_path / "s").look()
     assert found.builds and found.builder is not None and found.builder.pid == other.pid
     other.send_signal(signal.SIGTERM)
-    until(lambda: not other.is_running() or other.status() == psutil.STATUS_ZOMBIE, log.read_text)
+    ended(other.pid)
     assert "stopped: " in log.read_text() and "the same command continues" in log.read_text()
     assert not Watch(tmp_path / "s").look().builds
 
@@ -84,6 +91,6 @@ def test_a_build_with_nothing_left_to_do_is_over_at_once(tmp_path: Path) -> None
         shown, err = one.communicate(timeout=240)
         told = json.loads(shown)
         assert (one.returncode, told["runs"]) == (0, runs), err
-        until(lambda told=told: not psutil.pid_exists(told["pid"]), Path(told["log"]).read_text)
+        ended(told["pid"])
     assert not told["runs"]
     assert Path(told["log"]).read_text().count('"snapshot"') == 2
