@@ -19,9 +19,15 @@ __all__ = ["has_sha256", "is_checked", "mark_checked"]
 
 
 def is_checked(path: Path, sha256: str) -> bool:
-    """Whether a process of this user has compared the file at ``path``, as it is now, with ``sha256``."""
+    """Whether a process of this user has compared the file at ``path``, as it is now, with ``sha256``.
+
+    A file that is not there, such as a shard that another process pushed out of a cache just now, is not compared.
+    """
     folder = _folder()
-    return folder is not None and (folder / _name(path, sha256)).is_file()
+    try:
+        return folder is not None and (folder / _name(path, sha256)).is_file()
+    except FileNotFoundError:
+        return False
 
 
 def mark_checked(path: Path, sha256: str) -> None:

@@ -19,6 +19,7 @@ import hashlib
 import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -148,8 +149,9 @@ class RemoteMirror:
         """Forget the cached shard at ``place``, whose bytes are not those of ``record``; ``ensure`` fetches it anew."""
         shard = self._home / "shards" / record.sha256
         with _flock(self._lock_of(record.sha256)):
-            if shard.is_file() and sha256_file(shard) != record.sha256:  # else another process has mended it
-                shard.unlink()
+            with contextlib.suppress(FileNotFoundError):
+                if sha256_file(shard) != record.sha256:  # else another process has mended it
+                    shard.unlink()
             self._touched.pop(shard, None)
         with contextlib.suppress(FileNotFoundError):
             place.unlink()
@@ -191,10 +193,7 @@ class RemoteMirror:
         while True:
             with _flock(self._home / "locks" / "room.lock"):
                 drafts = {p: int(p.suffix[1:]) for p in (self._home / "drafts").iterdir() if p != draft}
-                shards = sorted(
-                    ((p.stat().st_mtime, p.stat().st_size, p) for p in _files(self._home / "shards")),
-                    key=lambda item: item[0],
-                )
+                shards = sorted(_files(self._home / "shards"), key=lambda item: item[0])
                 used = sum(drafts.values()) + sum(size for _, size, _ in shards)
                 for _, size, path in shards:
                     if used + nbytes <= limit:
@@ -239,11 +238,13 @@ def _link(shard: Path, place: Path) -> None:
     draft.replace(place)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:
+    """Yield when each file of ``folder`` was used last, its bytes, and its path."""
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
-            if path.is_file():
-                yield path
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode):
+                yield found.st_mtime, found.st_size, path
 
 
 def _remove_old(folder: Path, root: Path) -> None:
