@@ -88,7 +88,9 @@ class RemoteRecords:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(bring, names))
         for path in record_files(self._paths):
-            self._there.setdefault(self._paths.relative(path), sha256_file(path))
+            name = self._paths.relative(path)
+            if name not in (_DROPPED, _QUARANTINE):  # made here, or not brought: only the head says that they are there
+                self._there.setdefault(name, sha256_file(path))
 
     def add(self, name: str, data: bytes, same: Callable[[bytes], bool]) -> None:
         """Publish the record ``name`` put-if-absent, there and in the folder.

@@ -196,7 +196,9 @@ def _derive_dropped(paths: StorePaths, ledger: Ledger, head: Head, shown: str) -
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FindingsError(f"{shown}: the record of its snapshot is none ({error}); it is damaged") from None
     arrays = {(name, s.layer.name) for name, r in ledger.sets.items() for s in r.arrays.specs}
-    ledger.drop(arrays - {(name, layer) for name, kept in layers.items() for layer in kept})
+    gone = arrays - {(name, layer) for name, kept in layers.items() for layer in kept}
+    if gone:  # else there is no such file, as in the store itself: a build that goes on there names what lies here
+        ledger.drop(gone)
 
 
 def _bring_quarantine(transport: Transport, paths: StorePaths, head: Head) -> None:

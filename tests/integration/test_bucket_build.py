@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -107,8 +108,21 @@ class Objects:
         return found
 
 
+def assert_named(url: str) -> None:
+    """Whatever the head names is there, with its bytes."""
+    way = transport.connect(Address.parse(url))
+    head = way.get("ledger/head.json", 2**20)
+    assert head is not None
+    named = json.loads(head)["files"]
+    files = {name: way.get(name, 2**20) for name in named}
+    assert len(files) > 5 and None not in files.values(), [name for name, data in files.items() if data is None]
+    there = {n: {"nbytes": len(b or b""), "sha256": hashlib.sha256(b or b"").hexdigest()} for n, b in files.items()}
+    assert there == named
+
+
 def assert_whole(url: str, whole: Path, folder: Path) -> None:
     """The snapshot is that of the folder's store, and a pull has its bytes, with no findings."""
+    assert_named(url)
     pull_store(url, folder)
     assert difference_here(folder, whole) == ""
 
@@ -395,6 +409,7 @@ def test_a_url_grows_by_tiles_teachers_pixels_and_codecs(
     for number, more in enumerate(steps):
         monkeypatch.setenv("RSMTDF_HOME", str(tmp_path / f"home{number}"))
         assert build(data, url, **more).snapshot == build(data, tmp_path / "s", **more).snapshot
+        assert_named(url)
     build(data, tmp_path / "s", splits=["test"])
     push_store(tmp_path / "s", url)
     assert build(data, url, splits=["test"]).units == 0
@@ -526,9 +541,17 @@ def test_a_worker_whose_client_died_commits_nothing(
 
 
 @pytest.mark.slow
-def test_processes_of_this_machine_build_into_a_url(data: Path, by_vit: Path, url: str, tmp_path: Path) -> None:
-    command = start(words(data, url, "--workers", 2), tmp_path, "workers", environment(tmp_path / "home"))
-    assert command.end() == 0, command.stderr.read_text()
-    found = json.loads(command.stdout.read_text())
-    assert found["snapshot"] == FeatureStore.open(by_vit).snapshot and found["failures"] == []
-    assert_whole(url, by_vit, tmp_path / "copy")
+def test_processes_of_this_machine_build_into_a_url_and_add_to_it(
+    data: Path, by_vit: Path, url: str, tmp_path: Path
+) -> None:
+    """A head that is written while a build adds to a finished store names what is there."""
+    shutil.copytree(by_vit, tmp_path / "grown")
+    grown = start(words(data, str(tmp_path / "grown"), "--split", "val"), tmp_path, "grown", {})
+    assert grown.end() == 0, grown.stderr.read_text()
+    for number, (more, expected) in enumerate([([], by_vit), (["--split", "val"], tmp_path / "grown")]):
+        asked = words(data, url, "--workers", 2, *more)
+        command = start(asked, tmp_path, f"workers{number}", environment(tmp_path / "home"))
+        assert command.end() == 0, command.stderr.read_text()
+        found = json.loads(command.stdout.read_text())
+        assert found["snapshot"] == FeatureStore.open(expected).snapshot and found["failures"] == []
+        assert_whole(url, expected, tmp_path / f"copy{number}")
