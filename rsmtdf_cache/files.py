@@ -27,6 +27,7 @@ __all__ = [
     "fsync_file",
     "fsync_folder",
     "is_locked",
+    "is_still",
     "link_file",
     "make_folders",
     "no_step",
@@ -239,13 +240,14 @@ def build_lock(path: Path, on_wait: Any = None) -> Iterator[None]:
                     on_wait()
                 waited = True
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_still(file, path):
+            if not is_still(file, path):
                 continue  # its last holder made nothing and removed the folder: this lock guards a file nobody finds
             yield
             return
 
 
-def _is_still(file: IO[bytes], path: Path) -> bool:
+def is_still(file: IO[Any], path: Path) -> bool:
+    """Whether the open ``file`` is the one that ``path`` names now."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -66,7 +66,7 @@ class Standing:
 
     @property
     def seconds_left(self) -> float | None:
-        if self.builder is None or not self.rate:
+        if self.builder is None or not self.rate or not self.builds:
             return None
         return max(0, self.builder.tiles - self.tiles) / self.rate
 

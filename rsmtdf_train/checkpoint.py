@@ -12,12 +12,18 @@
     RUN/checkpoints/best.safetensors      the one that scored best on the validation split (``validation.keep: best``)
     RUN/validation.jsonl                  one object per score on the validation split
     RUN/pictures/  RUN/tensorboard/
+    RUN/.lock                             while a process trains it
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
+import os
+import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rsmtdf_cache.errors import DataError, MismatchError, UsageError
-from rsmtdf_cache.files import replace_file
+from rsmtdf_cache.errors import DataError, MismatchError, ResourceError, UsageError
+from rsmtdf_cache.files import is_still, replace_file
 from rsmtdf_cache.rasters.scaling import PixelRule
 from rsmtdf_cache.sources.base import ClassInfo
 from rsmtdf_cache.specs import differing_fields
@@ -88,6 +94,54 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
+
+    def is_taken(self) -> bool:
+        """Whether something lies there that is no run."""
+        return self.root.is_dir() and not self.recipe.is_file() and any(p != self._lock for p in self.root.iterdir())
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other commands from training this run meanwhile; the system lets go of it when this process dies.
+
+        Raises ``ResourceError`` when another process holds it. A folder that cannot be written to is not held.
+        """
+        while True:
+            new = not self.root.exists()
+            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                file = self._lock.open("a+")
+            except OSError:
+                yield
+                return
+            with file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    file.seek(0)
+                    raise ResourceError(
+                        f"{self.root}: {file.read(200).strip() or 'another process'} trains this run now; wait for its "
+                        "end, or choose another --out"
+                    ) from None
+                except OSError:  # a file system without locks
+                    yield
+                    return
+                if not is_still(file, self._lock):
+                    continue  # its last holder has just ended
+                try:
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {platform.node()}")
+                    file.flush()
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):
+                        self._lock.unlink()
+                        if new:
+                            self.root.rmdir()  # if nothing was written to it
+                return
+
+    @property
+    def _lock(self) -> Path:
+        return self.root / ".lock"
 
     def deployed(self, kind: str) -> Path:
         """Return the path of the deployed ``student``, ``ema`` or ``best``."""

@@ -46,6 +46,10 @@ PEER_GONE = 75
 #: After one process ended the others notice at their next sum; who takes longer is killed.
 _GRACE_S = 20.0
 
+#: The same after a signal: who ends then ends before training, or when the checkpoint is written, so the others have
+#: nothing left to do but wait for one another.
+_SIGNALLED_GRACE_S = 3.0
+
 #: A signal again within this time is the same wish: batch systems signal every process, launchers pass theirs on.
 SAME_WISH_S = 2.0
 
@@ -230,7 +234,7 @@ class _Crew:
             sent = len(passed)
             insists = bool(passed) and passed[-1][0] - passed[0][0] > SAME_WISH_S
             if deadline == float("inf") and (insists or any(self.processes[rank].returncode for rank in self.order)):
-                deadline = time.monotonic() + _GRACE_S
+                deadline = time.monotonic() + (_SIGNALLED_GRACE_S if passed and not insists else _GRACE_S)
             if time.monotonic() > deadline:
                 self.kill()
             time.sleep(_POLL_S)

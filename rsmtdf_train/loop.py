@@ -87,7 +87,8 @@ def train(
     first; as little a part of the run. Of several processes (``launcher``, ``torchrun``) all call this; the first one
     writes.
     Raises ``UsageError`` (recipe, or targets without a store), ``MismatchError`` (another run, store or dataset),
-    ``DataError`` (dataset, damaged checkpoint), ``Interrupted`` after a signal. A loss that is not finite is a
+    ``DataError`` (dataset, damaged checkpoint), ``ResourceError`` (another process trains it), ``Interrupted`` after a
+    signal. A loss that is not finite is a
     ``UsageError`` of the recipe.
     """
     if pin and (store_path is None or "://" in str(store_path)):
@@ -129,6 +130,17 @@ def _train(
     tell_about(run, on_event)
     state = build_state(recipe, len(run.identity.classes), run.identity.targets, run.device)
     check_student(recipe, state)
+    if processes.first and not run.folder.metrics.is_file():
+        with run.folder.held():
+            return _go_on(run, state, store_path, pin, on_event, tensorboard)
+    return _go_on(run, state, store_path, pin, on_event, tensorboard)
+
+
+def _go_on(
+    run: Run, state: TrainState, store_path: Path | str | None, pin: bool, on_event: TrainSink, tensorboard: bool
+) -> RunResult:
+    """Train from the last checkpoint, or from the beginning, to the end."""
+    recipe, processes, out = run.recipe, run.processes, run.folder.root
     load_checkpoint(run.folder, run.identity, state)
     # Nobody writes before everybody has read, and has read the same: stores grow, network file systems remember.
     processes.require_same(json.dumps([run.identity.to_json(), state.step, state.stopped], sort_keys=True), run.device)

@@ -94,7 +94,7 @@ def open_run(
     folder = RunFolder(out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()) and not folder.recipe.is_file():
+    if folder.is_taken():
         raise MismatchError(f"--out {out}: holds something that is no run; give an empty or new folder")
     chosen = pick_device(processes.device(device))
     source = open_source(recipe.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 import yaml
 
 from rsmtdf_cache.build import build_store
-from rsmtdf_cache.errors import DataError, Interrupted, MismatchError, UsageError
+from rsmtdf_cache.errors import DataError, Interrupted, MismatchError, ResourceError, UsageError
 from rsmtdf_cache.events import Warned
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.sources import open_source
@@ -129,11 +130,15 @@ def start_and_wait(root: Path, out: Path, step: int) -> Command:
 
 
 def test_a_run_killed_again_and_again_continues_to_the_bits_of_an_uninterrupted_one(root: Path, whole: Path) -> None:
-    """Three times killed at random steps, then asked to stop."""
+    """Three times killed at random steps, then asked to stop; while one trains it, another one is told so."""
     out = root / "killed"
     at = sorted(random.SystemRandom().sample(range(1, STEPS - 4), 3))
     for step in at:
         command = start_and_wait(root, out, step)
+        if step == at[0]:
+            os.kill(command.pid, signal.SIGSTOP)
+            with pytest.raises(ResourceError, match=f"process {command.pid} on .* trains this run now"):
+                train(everything(root), out, root / "store", device="cpu", tensorboard=False)
         command.process.kill()
         assert command.end() == -signal.SIGKILL, (at, command.stderr.read_text())
         assert not (out / "metrics.json").exists(), at

@@ -116,7 +116,9 @@ def test_a_process_that_hangs_when_the_others_gave_up_is_killed_and_named(
 
 LAUNCH = """
 import os, sys
+from rsmtdf_train import launcher
 from rsmtdf_train.launcher import Place, launch
+launcher._GRACE_S = float(os.environ.get("GRACE_S", 20))
 from rsmtdf_cli.console import guard
 with guard():
     sys.exit(launch([sys.executable, "-c", sys.argv[1]], Place(2)).code)
@@ -151,6 +153,19 @@ def test_a_signal_is_passed_on_once_and_the_exit_code_is_theirs(out: Path, numbe
 
 def test_a_signal_before_anybody_listens_ends_all_with_5(out: Path) -> None:
     process = start("signal.signal(signal.SIGTERM, signal.SIG_DFL); note('ready'); time.sleep(600)")
+    until(lambda: len(list(out.glob("ready*"))) == 2)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 5 and said.startswith("stopped: SIGTERM") and said.count("\n") == 1
+    assert all(gone(pid) for pid in pids(out, 2))
+
+
+def test_who_waits_for_one_that_a_signal_ended_is_not_waited_for_long(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process does that is inside a library when the signal comes, and never hears of it."""
+    monkeypatch.setenv("GRACE_S", "3600")
+    process = start("if rank == 1: signal.signal(signal.SIGTERM, signal.SIG_IGN)\nnote('ready'); time.sleep(3600)")
     until(lambda: len(list(out.glob("ready*"))) == 2)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
