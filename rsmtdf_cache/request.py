@@ -105,7 +105,11 @@ class BuildRequest(_Asked):
         if PIXELS in names:
             raise ValueError(f"{PIXELS!r} is no teacher; --pixels (in a file: pixels: true) stores pixels")
         if len(set(names)) != len(names):
-            raise ValueError(f"a teacher stands twice in {', '.join(names)}")
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(
+                f"teachers: {', '.join(twice)} twice; a store holds one of each name, whatever its weights or seed: "
+                "build a store for each"
+            )
         return self
 
     @property

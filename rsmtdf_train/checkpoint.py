@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from rsmtdf_cache.errors import DataError, MismatchError, ResourceError, UsageError
-from rsmtdf_cache.files import is_still, replace_file
+from rsmtdf_cache.files import is_locked, is_still, replace_file
 from rsmtdf_cache.rasters.scaling import PixelRule
 from rsmtdf_cache.sources.base import ClassInfo
 from rsmtdf_cache.specs import differing_fields
@@ -99,6 +99,20 @@ class RunFolder:
         """Whether something lies there that is no run."""
         return self.root.is_dir() and not self.recipe.is_file() and any(p != self._lock for p in self.root.iterdir())
 
+    def refuse_held(self) -> None:
+        """Raise ``ResourceError`` when another process trains this run now."""
+        if is_locked(self._lock):
+            who = ""
+            with contextlib.suppress(OSError):  # it has just ended
+                who = self._lock.read_text()[:200]
+            raise self._trained_by(who)
+
+    def _trained_by(self, who: str) -> ResourceError:
+        return ResourceError(
+            f"{self.root}: {who.strip() or 'another process'} trains this run now; wait for its end, or choose another "
+            "--out"
+        )
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep other commands from training this run meanwhile; the system lets go of it when this process dies.
@@ -118,10 +132,7 @@ class RunFolder:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     file.seek(0)
-                    raise ResourceError(
-                        f"{self.root}: {file.read(200).strip() or 'another process'} trains this run now; wait for its "
-                        "end, or choose another --out"
-                    ) from None
+                    raise self._trained_by(file.read(200)) from None
                 except OSError:  # a file system without locks
                     yield
                     return

@@ -96,6 +96,8 @@ def open_run(
         raise UsageError(f"--out {out}: is a file; give a folder")
     if folder.is_taken():
         raise MismatchError(f"--out {out}: holds something that is no run; give an empty or new folder")
+    if processes.first:
+        folder.refuse_held()  # again when it is held; the rest takes a while
     chosen = pick_device(processes.device(device))
     source = open_source(recipe.data)
     store: FeatureStore | None = None

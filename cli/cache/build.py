@@ -98,7 +98,7 @@ def _show_report(report: BuildReport) -> None:
     show_arrays(report.arrays)
     console().print(
         f"{plain(str(report.store))} holds {size(sum(a['nbytes'] for a in report.arrays))} "
-        f"for {report.tiles} tiles in {len(report.arrays)} arrays"
+        f"for {max((a['tiles'] for a in report.arrays), default=0)} tiles in {len(report.arrays)} arrays"
     )
     rates = ", ".join(f"{name} {rate:.1f} tiles/s" for name, rate in report.rates.items())
     written = f"wrote {size(report.nbytes_shards)}" if report.units else "nothing left to do"

@@ -6,6 +6,7 @@ begins its work, so that whatever is wrong is still told here, with its exit cod
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import select
@@ -15,9 +16,11 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import typer
 
+from rsmtdf_cache.errors import ResourceError
 from rsmtdf_cache.events import Event, EventSink, ProgressStart
 from rsmtdf_cli.console import console, emit_json, message
 
@@ -58,6 +61,7 @@ def detach_build(out: Path | str, json: bool, quiet: bool) -> None:
     """
     log = _log_of(out)
     with log.open("ab") as stream:
+        _hold(log, stream)
         told = _Log(log, stream.tell())
         empty = told.place == 0
         ours, theirs = os.pipe()
@@ -72,7 +76,8 @@ def detach_build(out: Path | str, json: bool, quiet: bool) -> None:
     except BaseException:  # Ctrl-C: who asked for it does not want it any more
         process.send_signal(signal.SIGTERM)
         process.wait()
-        told.relay()
+        if empty:
+            log.unlink()
         raise
     finally:
         os.close(ours)
@@ -91,6 +96,19 @@ def detach_build(out: Path | str, json: bool, quiet: bool) -> None:
             f"what it says is in {log}",
             markup=False,
         )
+
+
+def _hold(log: Path, stream: IO[bytes]) -> None:
+    """Let nobody else write to the log while the command lives, which has the file open as long."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ResourceError(
+            f"{log}: another detached command writes it now, so it builds this store; wait for its end, or leave "
+            "--detach out to wait here"
+        ) from None
+    except OSError:
+        return  # a file system without locks
 
 
 def _log_of(out: Path | str) -> Path:

@@ -52,6 +52,11 @@ def test_a_detached_build_goes_on_when_its_terminal_is_gone_and_can_be_stopped(t
     until(lambda: any((tmp_path / "s").glob("ledger/commits/*/*.json")), log.read_text)
     found = Watch(tmp_path / "s").look()
     assert found.builds and found.builder is not None and found.builder.pid == other.pid
+    other.suspend()
+    second = build(tmp_path, "--teacher", TEACHER, "--micro-batch", 1)
+    _, said = second.communicate(timeout=240)
+    assert second.returncode == 6 and f"{log}: another detached command writes it now" in said
+    other.resume()
     other.send_signal(signal.SIGTERM)
     ended(other.pid)
     assert "stopped: " in log.read_text() and "the same command continues" in log.read_text()
