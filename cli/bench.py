@@ -128,13 +128,13 @@ def store(
 
 def default_jobs() -> int:
     """Return how many runs to train side by side: one for each CPU core, one with a GPU."""
-    import os
-
     import torch
+
+    from rsmtdf_cache.cores import usable_cores
 
     if torch.cuda.is_available():
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 def _pictures(comparison: Comparison, source: TileSource, features: Path, folder: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import sys
@@ -19,6 +18,7 @@ def context() -> dict[str, Any]:
     """Return date, command, machine (processor, cores, memory, GPU) and versions. No host or user name."""
     import torch
 
+    from rsmtdf_cache.cores import usable_cores
     from rsmtdf_cache.memory import memory_nbytes
 
     return {
@@ -26,7 +26,7 @@ def context() -> dict[str, Any]:
         "command": shlex.join(["rsmtdf", *sys.argv[1:]]),
         "machine": {
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": usable_cores(),
             "memory_gb": round(memory_nbytes() / 1e9, 1),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },

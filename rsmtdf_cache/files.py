@@ -27,7 +27,6 @@ __all__ = [
     "fsync_file",
     "fsync_folder",
     "is_locked",
-    "is_still",
     "link_file",
     "make_folders",
     "no_step",
@@ -227,7 +226,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 def build_lock(path: Path, on_wait: Any = None) -> Iterator[None]:
     """Hold the store's build lock. It belongs to the process: the system drops it when the process dies.
 
-    A second builder waits; ``on_wait()`` is called once before it does.
+    A second builder waits; ``on_wait()`` is called once before it does, and may raise instead.
     """
     waited = False
     while True:
@@ -240,14 +239,13 @@ def build_lock(path: Path, on_wait: Any = None) -> Iterator[None]:
                     on_wait()
                 waited = True
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not is_still(file, path):
+            if not _is_still(file, path):
                 continue  # its last holder made nothing and removed the folder: this lock guards a file nobody finds
             yield
             return
 
 
-def is_still(file: IO[Any], path: Path) -> bool:
-    """Whether the open ``file`` is the one that ``path`` names now."""
+def _is_still(file: IO[bytes], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

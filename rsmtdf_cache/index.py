@@ -15,7 +15,10 @@ from rsmtdf_cache.sources.base import Tile, TileSource
 from rsmtdf_cache.tile_digests import TileDigests
 from rsmtdf_cache.tiles import TileRecord, TileTable, pixel_digest
 
-__all__ = ["Quarantined", "index_tiles", "new_records"]
+__all__ = ["LOOK", "Quarantined", "index_tiles", "new_records"]
+
+#: The task of a build that comes before its teachers are loaded.
+LOOK = "index"
 
 #: Tiles looked at at once: PIL and hashing let other threads work. A few files wait for a network disk on one core too.
 _WORKERS = max(8, min(os.cpu_count() or 1, 32))
@@ -37,7 +40,7 @@ def index_tiles(
     """Return the records of the usable tiles in the order given, and the others with the reason."""
     records: list[TileRecord] = []
     quarantined: list[Quarantined] = []
-    on_event(ProgressStart("index", "reading tiles", len(tiles)))
+    on_event(ProgressStart(LOOK, "reading tiles", len(tiles)))
     digests = TileDigests(source)
     waiting: deque[Future[TileRecord | Quarantined]] = deque()  # never a future for each of ten million tiles
     try:
@@ -52,10 +55,10 @@ def index_tiles(
                     records.append(found)
                 else:
                     quarantined.append(found)
-                on_event(Progress("index", 1))
+                on_event(Progress(LOOK, 1))
     finally:
         digests.save()  # whoever stops an hour's look begins where it was
-    on_event(ProgressEnd("index"))
+    on_event(ProgressEnd(LOOK))
     return records, quarantined
 
 

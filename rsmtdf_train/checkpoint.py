@@ -18,7 +18,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor
 
 from rsmtdf_cache.errors import DataError, MismatchError, ResourceError, UsageError
-from rsmtdf_cache.files import is_locked, is_still, replace_file
+from rsmtdf_cache.files import build_lock, is_locked, replace_file
 from rsmtdf_cache.rasters.scaling import PixelRule
 from rsmtdf_cache.sources.base import ClassInfo
 from rsmtdf_cache.specs import differing_fields
@@ -104,51 +103,32 @@ class RunFolder:
         if is_locked(self._lock):
             who = ""
             with contextlib.suppress(OSError):  # it has just ended
-                who = self._lock.read_text()[:200]
-            raise self._trained_by(who)
-
-    def _trained_by(self, who: str) -> ResourceError:
-        return ResourceError(
-            f"{self.root}: {who.strip() or 'another process'} trains this run now; wait for its end, or choose another "
-            "--out"
-        )
+                who = self._lock.read_text()[:200].strip()
+            raise ResourceError(
+                f"{self.root}: {who or 'another process'} trains this run now; wait for its end, or choose another "
+                "--out"
+            )
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep other commands from training this run meanwhile; the system lets go of it when this process dies.
 
-        Raises ``ResourceError`` when another process holds it. A folder that cannot be written to is not held.
+        Raises ``ResourceError`` when another process holds it. A folder that cannot be written to, or a file system
+        without locks, is not held.
         """
-        while True:
-            new = not self.root.exists()
-            self.root.mkdir(parents=True, exist_ok=True)
+        new = not self.root.exists()
+        self.root.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                stack.enter_context(build_lock(self._lock, self.refuse_held))
+                self._lock.write_text(f"process {os.getpid()} on {platform.node()}")
             try:
-                file = self._lock.open("a+")
-            except OSError:
                 yield
-                return
-            with file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    file.seek(0)
-                    raise self._trained_by(file.read(200)) from None
-                except OSError:  # a file system without locks
-                    yield
-                    return
-                if not is_still(file, self._lock):
-                    continue  # its last holder has just ended
-                try:
-                    file.truncate(0)
-                    file.write(f"process {os.getpid()} on {platform.node()}")
-                    file.flush()
-                    yield
-                finally:
-                    with contextlib.suppress(OSError):
-                        self._lock.unlink()
-                        if new:
-                            self.root.rmdir()  # if nothing was written to it
-                return
+            finally:
+                with contextlib.suppress(OSError):
+                    self._lock.unlink()
+                    if new:
+                        self.root.rmdir()  # if nothing was written to it
 
     @property
     def _lock(self) -> Path:

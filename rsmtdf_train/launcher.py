@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from rsmtdf_cache.cores import usable_cores
 from rsmtdf_cache.errors import Interrupted, ResourceError, UsageError
 
 __all__ = [
@@ -122,10 +122,11 @@ def place_of(text: str, device: str | None, environ: Mapping[str, str], gpus: in
     count = int(text)
     if gpus and count > gpus:
         raise UsageError(f"{asked}: {seen}; give --devices all, or --device cpu for processes on the CPU")
-    if not gpus and count > _MOST_PER_CORE * _cores():
+    cores = usable_cores()
+    if not gpus and count > _MOST_PER_CORE * cores:
         raise UsageError(
-            f"{asked}: {_none(device)}, and processes on the CPU gain nothing beyond its cores ({_cores()} here); "
-            f"give {_MOST_PER_CORE * _cores()} or fewer"
+            f"{asked}: {_none(device)}, and processes on the CPU gain nothing beyond its cores ({cores} here); "
+            f"give {_MOST_PER_CORE * cores} or fewer"
         )
     return Place(count, names[:count])
 
@@ -168,7 +169,7 @@ def launch(command: Sequence[str], place: Place) -> Ended:
         stack.callback(os.close, writing)
         crew = stack.enter_context(_Crew.closing())
         try:
-            environ = {**os.environ, **place.environment(os.environ, _cores())}
+            environ = {**os.environ, **place.environment(os.environ, usable_cores())}
             environ |= {MEETING: str(folder / "meeting"), _LIFELINE: str(reading)}
             for rank in range(place.count):
                 crew.start(command, environ, rank, place.count, reading)
@@ -313,9 +314,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -88,8 +88,7 @@ def train(
     writes.
     Raises ``UsageError`` (recipe, or targets without a store), ``MismatchError`` (another run, store or dataset),
     ``DataError`` (dataset, damaged checkpoint), ``ResourceError`` (another process trains it), ``Interrupted`` after a
-    signal. A loss that is not finite is a
-    ``UsageError`` of the recipe.
+    signal. A loss that is not finite is a ``UsageError`` of the recipe.
     """
     if pin and (store_path is None or "://" in str(store_path)):
         raise UsageError(
@@ -130,10 +129,9 @@ def _train(
     tell_about(run, on_event)
     state = build_state(recipe, len(run.identity.classes), run.identity.targets, run.device)
     check_student(recipe, state)
-    if processes.first and not run.folder.metrics.is_file():
-        with run.folder.held():
-            return _go_on(run, state, store_path, pin, on_event, tensorboard)
-    return _go_on(run, state, store_path, pin, on_event, tensorboard)
+    writes = processes.first and not run.folder.metrics.is_file()
+    with run.folder.held() if writes else contextlib.nullcontext():
+        return _go_on(run, state, store_path, pin, on_event, tensorboard)
 
 
 def _go_on(

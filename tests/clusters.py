@@ -102,9 +102,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             process.join()
 
 
-def until(true: Callable[[], bool], why: Callable[[], str] = lambda: "") -> None:
+def until(true: Callable[[], bool], why: Callable[[], str] = lambda: "", seconds: float = _PATIENCE_S) -> None:
     """Wait for something that other processes do. Raises ``TimeoutError``."""
-    end = time.monotonic() + _PATIENCE_S
+    end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:
             raise TimeoutError(why())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +41,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quick_and_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the test a catalogue and a cache of its own, and let what failed on the line be tried again at once."""
+    from rsmtdf_cache.share import transport
+
+    monkeypatch.setenv("RSMTDF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(transport, "PAUSE_S", 0.01)

@@ -29,7 +29,6 @@ __all__ = ["announcing", "detach_build"]
 #: Holds the number of the pipe through which the detached command says that it begins.
 _LINE = "RSMTDF_DETACHED_LINE"
 _FLAG = "--detach"
-_LOOK = "index"  # the task that comes before teachers are loaded
 _POLL_S = 0.1
 
 
@@ -38,6 +37,8 @@ def announcing(sink: EventSink) -> EventSink:
     number = os.environ.pop(_LINE, None)
     if number is None:
         return sink
+    from rsmtdf_cache.index import LOOK
+
     line = int(number)
     os.set_inheritable(line, False)  # workers do not hold it
     told = False
@@ -45,7 +46,7 @@ def announcing(sink: EventSink) -> EventSink:
     def announce(event: Event) -> None:
         nonlocal told
         sink(event)
-        if not told and isinstance(event, ProgressStart) and event.task != _LOOK and event.done < event.total:
+        if not told and isinstance(event, ProgressStart) and event.task != LOOK and event.done < event.total:
             told = True
             with suppress(OSError):  # nobody waits any more
                 os.write(line, b"!")

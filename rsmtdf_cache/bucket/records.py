@@ -18,13 +18,21 @@ from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.share.checks import check_ledger
-from rsmtdf_cache.share.names import HEAD, LEASE, MANIFEST, checked_name, is_metadata, safe_place
+from rsmtdf_cache.share.names import (
+    DROPPED,
+    HEAD,
+    LEASE,
+    MANIFEST,
+    QUARANTINE,
+    checked_name,
+    is_metadata,
+    safe_place,
+)
 from rsmtdf_cache.share.staged import read_remote_head, stage_records
 from rsmtdf_cache.share.transport import Transport
 
 __all__ = ["RemoteRecords"]
 
-_DROPPED, _QUARANTINE = "ledger/dropped.json", "ledger/quarantine.json"
 _AT_ONCE = 8
 #: What is put first, so that nothing names what is not there: a prefix each, the rest (commits, segments) after them.
 _ORDER = (MANIFEST, "ledger/tiles/", "ledger/calibrations/", "ledger/sets/", "ledger/", "zarr/")
@@ -89,7 +97,7 @@ class RemoteRecords:
             list(pool.map(bring, names))
         for path in record_files(self._paths):
             name = self._paths.relative(path)
-            if name not in (_DROPPED, _QUARANTINE):  # made here, or not brought: only the head says that they are there
+            if name not in (DROPPED, QUARANTINE):  # made here, or not brought: only the head says that they are there
                 self._there.setdefault(name, sha256_file(path))
 
     def add(self, name: str, data: bytes, same: Callable[[bytes], bool]) -> None:
@@ -128,7 +136,7 @@ class RemoteRecords:
 
     def _put(self, name: str) -> None:
         data = (self._paths.root / name).read_bytes()
-        if is_metadata(name) or name in (_DROPPED, _QUARANTINE):
+        if is_metadata(name) or name in (DROPPED, QUARANTINE):
             self._transport.put(name, data, absent=False)
             return
         if self._transport.put(name, data) or self._transport.get(name, 2 * len(data) + 2**16) == data:
@@ -165,7 +173,7 @@ def _rank(name: str) -> tuple[int, bool]:
 
 def _is_lasting(name: str) -> bool:
     """Whether ``name`` is a record that never changes and says of itself what it is. Segments repeat commits."""
-    if name in (HEAD, LEASE, _DROPPED, _QUARANTINE) or not name.startswith((*_ORDER[1:4], "ledger/commits/")):
+    if name in (HEAD, LEASE, DROPPED, QUARANTINE) or not name.startswith((*_ORDER[1:4], "ledger/commits/")):
         return False
     return checked_name(name) == name
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from rsmtdf_cache.cores import usable_cores
 from rsmtdf_cache.errors import DataError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
 from rsmtdf_cache.files import require_space
@@ -158,7 +158,7 @@ def _workers(plan: Plan, request: Request) -> int:
     """Return how many scenes are worked on at once: one a core, as long as half of the memory holds them."""
     if request.workers is not None:
         return request.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     memory = memory_nbytes()
     if not memory:
         return cores

@@ -7,11 +7,23 @@ from pathlib import Path
 
 from rsmtdf_cache.errors import FindingsError
 
-__all__ = ["HEAD", "LEASE", "MANIFEST", "checked_name", "is_metadata", "is_shard", "safe_place"]
+__all__ = [
+    "DROPPED",
+    "HEAD",
+    "LEASE",
+    "MANIFEST",
+    "QUARANTINE",
+    "checked_name",
+    "is_metadata",
+    "is_shard",
+    "safe_place",
+]
 
 HEAD = "ledger/head.json"
 LEASE = "ledger/lease.json"
 MANIFEST = "manifest.json"
+DROPPED = "ledger/dropped.json"
+QUARANTINE = "ledger/quarantine.json"
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}"
 _GROUP = r"(?:0|[1-9]\d{0,9})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -126,22 +126,10 @@ class ObjectBackend(FsspecBackend):
         return Tagged(data, answer["ETag"], (now - answer["LastModified"]).total_seconds())
 
     def replace(self, name: str, data: bytes, tag: str) -> bool:
-        done = self._if_match("put_object", name, tag, Body=data)
-        if done is not None:
-            return done
-        if self.stat(name)[1] != tag:
-            return False
-        self._put(name, data, "overwrite")
-        return True
+        return self._if_match("put_object", name, tag, lambda: self._put(name, data, "overwrite"), Body=data)
 
     def remove(self, name: str, tag: str) -> bool:
-        done = self._if_match("delete_object", name, tag)
-        if done is not None:
-            return done
-        if self.stat(name)[1] != tag:
-            return False
-        self._fs.rm_file(self._address.url(name))
-        return True
+        return self._if_match("delete_object", name, tag, lambda: self._fs.rm_file(self._address.url(name)))
 
     @property
     def _is_s3(self) -> bool:
@@ -151,13 +139,13 @@ class ObjectBackend(FsspecBackend):
         bucket, key, _ = self._fs.split_path(self._address.url(name))
         return {"Bucket": bucket, "Key": key}
 
-    def _if_match(self, method: str, name: str, tag: str, **more: Any) -> bool | None:
-        """Return whether the object was still the one; None where nobody can be asked to look and write at once.
+    def _if_match(self, method: str, name: str, tag: str, instead: Callable[[], object], **more: Any) -> bool:
+        """Call an S3 method if the object still has ``tag``; return whether it had.
 
-        Callers look first there, and a window of one request remains.
+        Where nobody can be asked to look and write at once, ``instead`` follows a look: a window of one request.
         """
         if not self._is_s3:
-            return None
+            return self._looked(name, tag, instead)
         try:
             self._fs.call_s3(method, **self._key(name), IfMatch=tag, **more)
         except FileNotFoundError:
@@ -167,8 +155,14 @@ class ObjectBackend(FsspecBackend):
             if answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412"):
                 return False
             if error.errno == errno.ENOSYS:
-                return None
+                return self._looked(name, tag, instead)
             raise
+        return True
+
+    def _looked(self, name: str, tag: str, act: Callable[[], object]) -> bool:
+        if self.stat(name)[1] != tag:
+            return False
+        act()
         return True
 
     def _put_unguarded(self, name: str, source: bytes | Path) -> bool:

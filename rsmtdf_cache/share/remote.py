@@ -99,7 +99,7 @@ class RemoteMirror:
     def __init__(self, transport: Transport, home: Path) -> None:
         self._transport, self._home = transport, home
         self._touched: dict[Path, float] = {}
-        self._ahead = FetchAhead(self._bring, lambda: int(cache_limit_nbytes() * AHEAD_SHARE))
+        self._ahead = FetchAhead(self.ensure, lambda: int(cache_limit_nbytes() * AHEAD_SHARE))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (RemoteMirror, (self._transport, self._home))
@@ -117,21 +117,6 @@ class RemoteMirror:
         Another fetch may remove it again at any time; an open file stays readable. Raises ``ResourceError`` (network,
         disk, a shard larger than the whole cache), ``FindingsError`` (the remote has other bytes).
         """
-        self._bring(record, place)
-
-    def fetch_soon(self, record: ShardRecord, place: Path, wanted: Callable[[], bool]) -> bool:
-        """Have the shard fetched in the background, after those asked for before, unless it is not ``wanted`` any more.
-
-        Return whether that was new. ``taken`` says that a reader has it; what is fetched and not taken yet is
-        ``AHEAD_SHARE`` of the cache at most.
-        """
-        return self._ahead.ask(record, place, wanted)
-
-    def taken(self, record: ShardRecord) -> None:
-        """Hear that a reader has opened the shard, or failed to."""
-        self._ahead.taken(record.sha256)
-
-    def _bring(self, record: ShardRecord, place: Path) -> None:
         shard = self._home / "shards" / record.sha256
         if not self._use(shard):
             limit = cache_limit_nbytes()
@@ -144,6 +129,18 @@ class RemoteMirror:
             with disk_errors(self._home):
                 self._fetch(record, shard, limit)
         _link(shard, place)
+
+    def fetch_soon(self, record: ShardRecord, place: Path, wanted: Callable[[], bool]) -> bool:
+        """Have the shard fetched in the background, after those asked for before, unless it is not ``wanted`` any more.
+
+        Return whether that was new. ``taken`` says that a reader has it; what is fetched and not taken yet is
+        ``AHEAD_SHARE`` of the cache at most.
+        """
+        return self._ahead.ask(record, place, wanted)
+
+    def taken(self, record: ShardRecord) -> None:
+        """Hear that a reader has opened the shard, or failed to."""
+        self._ahead.taken(record.sha256)
 
     def discard(self, record: ShardRecord, place: Path) -> None:
         """Forget the cached shard at ``place``, whose bytes are not those of ``record``; ``ensure`` fetches it anew."""

@@ -19,7 +19,17 @@ from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest, load_manifest
 from rsmtdf_cache.share.checks import check_ledger
-from rsmtdf_cache.share.names import HEAD, LEASE, MANIFEST, checked_name, is_metadata, is_shard, safe_place
+from rsmtdf_cache.share.names import (
+    DROPPED,
+    HEAD,
+    LEASE,
+    MANIFEST,
+    QUARANTINE,
+    checked_name,
+    is_metadata,
+    is_shard,
+    safe_place,
+)
 from rsmtdf_cache.share.transport import Transport
 
 __all__ = ["Staged", "is_whole", "local_records", "read_remote_head", "stage_records", "store_missing"]
@@ -29,7 +39,6 @@ MANIFEST_NBYTES_MAX, HEAD_NBYTES_MAX, FILES_MAX = 2**20, 64 * 2**20, 2**19
 PARQUET_NBYTES_MAX = 4 * 2**30
 #: A head that changes while its files are read is read again.
 _TRIES = 4
-_DROPPED, _QUARANTINE = "ledger/dropped.json", "ledger/quarantine.json"
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def is_whole(root: Path, raw: bytes) -> bool:
         if paths.head.read_bytes() != raw or (paths.dropped.is_file() and not read_json(paths.dropped)):
             return False
         for name, (nbytes, digest) in read_head(paths).files.items():
-            if is_metadata(name) or name in (_QUARANTINE, _DROPPED):
+            if is_metadata(name) or name in (QUARANTINE, DROPPED):
                 continue
             place = root / checked_name(name)
             if place.stat().st_size != nbytes or sha256_file(place) != digest:
@@ -180,7 +189,7 @@ def _wanted(transport: Transport, head: Head, shown: str, all_snapshots: bool) -
         limit = PARQUET_NBYTES_MAX if name.endswith(".parquet") else RECORD_NBYTES_MAX
         if is_shard(name) or name in (HEAD, LEASE) or nbytes > limit:
             raise FindingsError(f"{shown}: its head names {name} with {nbytes} bytes; it is damaged or hostile")
-        if is_metadata(name) or name == _QUARANTINE or (name == _DROPPED and now in head.files):
+        if is_metadata(name) or name == QUARANTINE or (name == DROPPED and now in head.files):
             continue
         other = re.match("ledger/snapshots/([0-9a-f]+)", name)
         if other is None or all_snapshots or name == now or (asked is not None and other[1].startswith(asked)):
@@ -203,8 +212,8 @@ def _derive_dropped(paths: StorePaths, ledger: Ledger, head: Head, shown: str) -
 
 def _bring_quarantine(transport: Transport, paths: StorePaths, head: Head) -> None:
     """Bring the list of tiles left out, for people; while a push replaces it there is none."""
-    nbytes, digest = head.files.get(_QUARANTINE, (0, ""))
-    data = transport.get(_QUARANTINE, RECORD_NBYTES_MAX) if nbytes else None
+    nbytes, digest = head.files.get(QUARANTINE, (0, ""))
+    data = transport.get(QUARANTINE, RECORD_NBYTES_MAX) if nbytes else None
     if data is not None and hashlib.sha256(data).hexdigest() == digest:
         replace_file(paths.quarantine, data)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from rsmtdf_cache.cores import usable_cores
 from rsmtdf_cache.errors import DataError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart
 from rsmtdf_cache.rasters.gdal import gdal_settings
@@ -101,7 +101,7 @@ def lay_out(scenes: Sequence[FoundScene], request: TileRequest, header: DatasetH
     windows: list[Window] = []
     empty, pixels = 0, np.zeros(classes + 1, np.int64)
     on_event(ProgressStart("tile", "laying out tiles", len(jobs), unit="rows"))
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for some, without, counts in pool.map(lambda job: job(), jobs):
             windows += some
             empty += without
@@ -143,7 +143,3 @@ def _shows(files: RasterFiles, raster: Raster, corner: tuple[int, int]) -> bool:
     except DataError:
         return True
     return valid is None or bool(valid.any())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

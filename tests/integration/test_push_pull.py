@@ -22,7 +22,6 @@ from rsmtdf_cache.errors import FindingsError, Interrupted, MismatchError, Resou
 from rsmtdf_cache.events import Event, Progress, ProgressStart, Warned
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.request import BuildRequest
-from rsmtdf_cache.share import transport
 from rsmtdf_cache.share.pull import pull_store
 from rsmtdf_cache.share.push import push_store
 from rsmtdf_cache.share.select import Selection
@@ -32,6 +31,8 @@ from rsmtdf_cache.verify import verify_store
 from tests.datasets import write_dataset, write_split
 from tests.servers import WebFolder, cutting_proxy, make_bucket, s3_server, web_folder
 from tests.teachers import load_mean_teacher
+
+pytestmark = pytest.mark.usefixtures("quick_and_at_home")
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"train": range(4), "val": [10], "test": [11]}
@@ -67,13 +68,6 @@ def store(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("share") / "store"
     build(data, out)
     return out
-
-
-@pytest.fixture(autouse=True)
-def quick_and_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RSMTDF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(transport, "PAUSE_S", 0.01)
 
 
 @pytest.fixture

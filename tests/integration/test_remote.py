@@ -20,13 +20,14 @@ import pytest
 from rsmtdf_cache.build import build_store
 from rsmtdf_cache.errors import FindingsError, MismatchError, ResourceError, UsageError
 from rsmtdf_cache.request import BuildRequest
-from rsmtdf_cache.share import transport
 from rsmtdf_cache.share.push import push_store
 from rsmtdf_cache.share.remote import remote_home
 from rsmtdf_cache.store import FeatureStore
 from tests.datasets import write_dataset, write_split
 from tests.servers import WebFolder, make_bucket, s3_server, web_folder
 from tests.teachers import load_mean_teacher
+
+pytestmark = pytest.mark.usefixtures("quick_and_at_home")
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,13 +48,6 @@ def store(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("remote") / "store"
     build(data, out)
     return out
-
-
-@pytest.fixture(autouse=True)
-def quick_and_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RSMTDF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(transport, "PAUSE_S", 0.01)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from operator import contains
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,6 @@ from rsmtdf_cache.build import build_store
 from rsmtdf_cache.errors import FindingsError
 from rsmtdf_cache.records import ShardRecord
 from rsmtdf_cache.request import BuildRequest
-from rsmtdf_cache.share import transport
 from rsmtdf_cache.share.ahead import FETCHES, FetchAhead
 from rsmtdf_cache.share.remote import remote_home
 from rsmtdf_cache.sources import open_source
@@ -31,10 +32,13 @@ from rsmtdf_cache.store import FeatureStore
 from rsmtdf_train.loader import BatchLoader
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.residency import Residency, hold_run, small_cache
+from tests.clusters import until
 from tests.commands import start_ranks
 from tests.datasets import write_dataset
 from tests.servers import WebFolder, web_folder
 from tests.teachers import load_mean_teacher
+
+pytestmark = pytest.mark.usefixtures("quick_and_at_home")
 
 ROOT = Path(__file__).parents[2]
 TILES = 24
@@ -52,13 +56,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def quick_and_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RSMTDF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(transport, "PAUSE_S", 0.01)
-
-
 @pytest.fixture
 def served(root: Path, tmp_path: Path) -> Iterator[WebFolder]:
     shutil.copytree(root / "store", tmp_path / "served")
@@ -74,13 +71,6 @@ def shard_sizes(root: Path) -> list[int]:
     return [p.stat().st_size for p in (root / "store").glob("zarr/*/*/*/features/c/*/0/0/0")]
 
 
-def until(ready: object, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not ready():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 # --- ahead of need
 
 
@@ -90,7 +80,7 @@ def test_shards_that_will_be_read_come_together_and_once(root: Path, served: Web
     served.pause_s = 4  # one after the other, so many would take longer than is waited for
     assert sum(store.will_read(key, rows) for key in store.keys()) == TILES
     assert sum(store.will_read(key, rows) for key in store.keys()) == 0, "asked for already"
-    until(lambda: sum(shard_requests(served).values()) >= FETCHES, 4 * (FETCHES - 1))
+    until(lambda: sum(shard_requests(served).values()) >= FETCHES, seconds=4 * (FETCHES - 1))
     served.pause_s = 0
     for key in store.keys():
         assert np.array_equal(store.read(key, rows).values, local.read(key, rows).values)
@@ -189,7 +179,7 @@ def test_what_is_fetched_and_not_read_stays_below_the_bound(seed: int) -> None:
     assert not ahead.ask(record(99, 1), Path(), lambda: False), "opened meanwhile"
     for one in records:
         if rng.random() < 0.7:
-            until(lambda one=one: one.sha256 in order, 5)
+            until(partial(contains, order, one.sha256), seconds=5)
         with lock:
             unread.pop(one.sha256, None)
             read.add(one.sha256)

@@ -21,7 +21,6 @@ from rsmtdf_cache.errors import FindingsError, MismatchError, ResourceError, Rsm
 from rsmtdf_cache.files import read_json, replace_json
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.request import BuildRequest
-from rsmtdf_cache.share import transport
 from rsmtdf_cache.share.address import Address, redact
 from rsmtdf_cache.share.names import checked_name, safe_place
 from rsmtdf_cache.share.pull import pull_store
@@ -31,6 +30,8 @@ from rsmtdf_cache.store import FeatureStore
 from tests.datasets import write_dataset
 from tests.servers import WebFolder, s3_server, web_folder
 from tests.teachers import load_mean_teacher
+
+pytestmark = pytest.mark.usefixtures("quick_and_at_home")
 
 ROOT = Path(__file__).parents[2]
 SECRETS = ("hunter2hunter2", "SIGNATURE0123456789", "alice-the-user")
@@ -43,13 +44,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = {"data": data, "out": root / "store", "teachers": ["mean"], "group_rows": 2, "threads": 1}
     build_store(BuildRequest.of({**values, "micro_batch": 2}), load_teacher=load_mean_teacher)
     return root / "store"
-
-
-@pytest.fixture(autouse=True)
-def quick_and_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RSMTDF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(transport, "PAUSE_S", 0.01)
 
 
 @pytest.fixture

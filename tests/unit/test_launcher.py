@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ import pytest
 from rsmtdf_cache.errors import ResourceError, UsageError
 from rsmtdf_train import launcher
 from rsmtdf_train.launcher import PEER_GONE, Ended, Place, launch, place_of
+from tests.clusters import until
 
 ROOT = Path(__file__).parents[2]
 START = """
@@ -55,13 +55,6 @@ def pids(out: Path, count: int) -> list[int]:
     return [int((out / f"pid{rank}").read_text()) for rank in range(count)]
 
 
-def until(ready: object, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not ready():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
@@ -70,7 +63,7 @@ def test_each_process_is_told_its_place_and_the_first_one_has_the_terminal(
     out: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(launcher, "_cores", lambda: 7)
+    monkeypatch.setattr(launcher, "usable_cores", lambda: 7)
     script = """
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "RSMTDF_MEETING")
 note("place", json.dumps([os.environ[n] for n in names]))
@@ -151,13 +144,18 @@ def test_a_signal_is_passed_on_once_and_the_exit_code_is_theirs(out: Path, numbe
     assert [json.loads((out / f"caught{rank}").read_text()) for rank in range(2)] == [[number], [number]]
 
 
-def test_a_signal_before_anybody_listens_ends_all_with_5(out: Path) -> None:
-    process = start("signal.signal(signal.SIGTERM, signal.SIG_DFL); note('ready'); time.sleep(600)")
+def assert_stopped(process: subprocess.Popen[str], out: Path) -> None:
+    """SIGTERM ends all with one message and 5, before anything was trained."""
     until(lambda: len(list(out.glob("ready*"))) == 2)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 5 and said.startswith("stopped: SIGTERM") and said.count("\n") == 1
     assert all(gone(pid) for pid in pids(out, 2))
+
+
+def test_a_signal_before_anybody_listens_ends_all_with_5(out: Path) -> None:
+    process = start("signal.signal(signal.SIGTERM, signal.SIG_DFL); note('ready'); time.sleep(600)")
+    assert_stopped(process, out)
 
 
 def test_who_waits_for_one_that_a_signal_ended_is_not_waited_for_long(
@@ -166,11 +164,7 @@ def test_who_waits_for_one_that_a_signal_ended_is_not_waited_for_long(
     """As a process does that is inside a library when the signal comes, and never hears of it."""
     monkeypatch.setenv("GRACE_S", "3600")
     process = start("if rank == 1: signal.signal(signal.SIGTERM, signal.SIG_IGN)\nnote('ready'); time.sleep(3600)")
-    until(lambda: len(list(out.glob("ready*"))) == 2)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 5 and said.startswith("stopped: SIGTERM") and said.count("\n") == 1
-    assert all(gone(pid) for pid in pids(out, 2))
+    assert_stopped(process, out)
 
 
 def test_nobody_outlives_a_launcher_that_is_killed(out: Path) -> None:
