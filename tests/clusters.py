@@ -36,9 +36,10 @@ _PATIENCE_S = 120.0
 class Temper:
     """What befalls a worker. ``step``: of a commit (FORMAT.md), in its ``unit``-th unit.
 
-    ``kill``: it dies there, ``hold``: it waits there for ``Cluster.release``. ``path``: goes before all else where
-    modules and versions are looked for. ``file_nbytes``: no file of this process grows larger. ``environ``:
-    of this process, before torch computes anything. ``hidden``: a folder that is empty for this process alone.
+    ``kill``: it dies there, ``hold``: it waits there for ``Cluster.release`` (both: it waits, then dies). ``path``:
+    goes before all else where modules and versions are looked for. ``file_nbytes``: no file of this process grows
+    larger. ``environ``: of this process, before torch computes anything. ``hidden``: a folder that is empty for this
+    process alone.
     """
 
     kill: bool = False
@@ -164,11 +165,11 @@ def _hook(name: str, folder: Path, temper: Temper) -> Callable[[int], None]:
         units += step == 1
         if step != temper.step or units != temper.unit:
             return
-        if temper.kill:
-            os.kill(os.getpid(), signal.SIGKILL)
         if temper.hold:
             (folder / f"{name}.held").touch()
             until(lambda: (folder / "go").exists() or (folder / f"{name}.go").exists())
+        if temper.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     return after
 

@@ -6,12 +6,13 @@ is given to another worker only after the first one's permission was taken back 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import queue
 import time
 import uuid
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,8 @@ from rsmtdf_cache.records import Commit
 from rsmtdf_cache.work import OnTiles, Tally, Unit, UnitDone
 
 if TYPE_CHECKING:
+    import concurrent.futures
+
     from distributed import Client, Future
 
 __all__ = ["Crew"]
@@ -36,7 +39,35 @@ _SET_UP_S = 300.0
 #: So long after a loss another process may take the lost one's place: a Nanny starts one.
 _RETURN_S = 30.0
 _LOOK_S = 0.5
-_FETCH_S = 30.0
+
+
+class _Task:
+    """A call on a worker. What it returns is fetched as soon as it is there, by the client's own thread: a worker that
+    dies before that stops nothing but this task, and one that dies after it takes nothing with it.
+    """
+
+    def __init__(self, client: Client, future: Future[Any], ended: Callable[[], None]) -> None:
+        """``ended`` is called, in another thread, when ``result`` has something to return or raise."""
+        self._future = future
+        loop: Any = client.loop
+        fetch = client.gather(future, asynchronous=True)
+        self._found: concurrent.futures.Future[Any] = asyncio.run_coroutine_threadsafe(fetch, loop.asyncio_loop)
+        self._found.add_done_callback(lambda _: ended())
+
+    @property
+    def arrived(self) -> bool:
+        """Whether ``result`` returns."""
+        return self._found.done() and not self._found.cancelled() and self._found.exception() is None
+
+    def result(self) -> Any:
+        """Return what was fetched, or raise why nothing was. Does not wait."""
+        return self._found.result(timeout=0)
+
+    def give_up(self) -> None:
+        """Let go of the task, whatever its worker does with it."""
+        with contextlib.suppress(Exception):  # a scheduler that is gone
+            self._future.cancel()
+        self._found.cancel()
 
 
 @dataclass
@@ -57,7 +88,7 @@ class _Attempt:
     unit: Unit
     member: _Member
     permit: Permit
-    future: Future[dict[str, Any]]
+    task: _Task
     begun: bool = False
     told: tuple[int, int] = (0, 0)
 
@@ -77,7 +108,7 @@ class Crew:
         self._tallies, self._failures = tallies, failures
         self._members: dict[str, _Member] = {}
         self._attempts: dict[str, _Attempt] = {}  # by the name of the permit
-        self._coming: dict[str, Future[Any]] = {}
+        self._coming: dict[str, _Task] = {}
         self._back: deque[Unit] = deque()  # units that were lost
         self._losses: dict[Unit, int] = {}
         self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -98,11 +129,13 @@ class Crew:
         finally:
             for attempt in list(self._attempts.values()):
                 self._take_back(attempt)
+            for coming in self._coming.values():
+                coming.give_up()
             with contextlib.suppress(Exception):  # a scheduler that is gone; workers that are
                 self._client.unsubscribe_topic(topic(self._token))
                 for member in self._members.values():
                     if member.state != "out":
-                        fire_and_forget(self._pinned(leave, member.address, "leave", self._token))
+                        fire_and_forget(self._submit(leave, member.address, "leave", self._token))
 
     def _loop(self, units: Iterator[Unit]) -> Generator[UnitDone, None, None]:
         while True:
@@ -165,16 +198,15 @@ class Crew:
 
     def _welcome(self, address: str) -> None:
         self._members[address] = _Member(address, Tally(address))
-        future = self._pinned(admit, address, "set up", self._token, self._site)
-        self._coming[address] = future
-        future.add_done_callback(lambda _: self._news.put(("admitted", address)))
+        future = self._submit(admit, address, "set up", self._token, self._site)
+        self._coming[address] = _Task(self._client, future, lambda: self._news.put(("admitted", address)))
 
     def _admitted(self, address: str) -> None:
-        future, member = self._coming.pop(address, None), self._members.get(address)
-        if future is None or member is None or member.state == "out":
+        task, member = self._coming.pop(address, None), self._members.get(address)
+        if task is None or member is None or member.state == "out":
             return
         try:
-            facts = future.result(timeout=_FETCH_S)
+            facts = task.result()
         except Exception as error:
             if _is_lost(error):  # whether it is gone shows at the next look; if not, it is asked again
                 self._members.pop(address)
@@ -200,9 +232,10 @@ class Crew:
         self._failures.append(f"worker {member.address} {why}")
         self._on_event(Warned(f"worker {member.address} {why}"))
         if (coming := self._coming.pop(member.address, None)) is not None:
-            coming.cancel()
+            coming.give_up()
         for attempt in list(member.attempts):
-            self._lost(attempt)
+            if not attempt.task.arrived:
+                self._lost(attempt)
 
     def _nobody_left(self) -> RsmtdfError:
         told = "; ".join(self._failures[-3:])
@@ -230,7 +263,8 @@ class Crew:
 
     def _even_out(self, idle: _Member) -> bool:
         """Move a unit that waits behind another one to a worker without any, now that no more are left."""
-        waiting = [a for a in self._attempts.values() if not a.begun and len(a.member.attempts) > 1]
+        behind = [a for a in self._attempts.values() if len(a.member.attempts) > 1]
+        waiting = [a for a in behind if not a.begun and not a.task.arrived]
         if idle.attempts or not waiting:
             return False
         attempt = waiting[-1]
@@ -244,14 +278,14 @@ class Crew:
     def _give(self, unit: Unit, member: _Member) -> None:
         permit = self._store.grant(unit.set_id, unit.group)
         told = (self._token, unit.set_id, unit.group, unit.tiles, permit.told)
-        future = self._pinned(compute_unit, member.address, f"encode {self._labels[unit.set_id]}", *told)
-        attempt = self._attempts[permit.name] = _Attempt(unit, member, permit, future)
+        future = self._submit(compute_unit, member.address, f"encode {self._labels[unit.set_id]}", *told)
+        task = _Task(self._client, future, lambda: self._news.put(("ended", permit.name)))
+        attempt = self._attempts[permit.name] = _Attempt(unit, member, permit, task)
         if not member.attempts:
             member.last_sign = time.monotonic()
         member.attempts.append(attempt)
-        future.add_done_callback(lambda _: self._news.put(("ended", permit.name)))
 
-    def _pinned(self, function: Any, address: str, label: str, *told: Any) -> Future[Any]:
+    def _submit(self, function: Any, address: str, label: str, *told: Any) -> Future[Any]:
         key = f"rsmtdf {label.replace('-', '_')}-{uuid.uuid4().hex}"  # dask's page counts by what is before the first -
         return self._client.submit(function, *told, key=key, workers=[address], allow_other_workers=False, pure=False)
 
@@ -273,7 +307,7 @@ class Crew:
             return None
         unit, member = attempt.unit, attempt.member
         try:
-            found = attempt.future.result(timeout=_FETCH_S)
+            found = attempt.task.result()
         except Exception as error:
             if _is_lost(error) or self._store.clear(error):
                 self._lost(attempt)
@@ -303,8 +337,7 @@ class Crew:
     def _take_back(self, attempt: _Attempt) -> None:
         """After this the attempt cannot commit, whatever its worker does."""
         self._store.revoke(attempt.permit)
-        with contextlib.suppress(Exception):
-            attempt.future.cancel()
+        attempt.task.give_up()
         self._tell(attempt, 0, 0)
         self._forget(attempt)
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import time
@@ -497,15 +498,19 @@ def test_workers_put_shards_and_the_command_commits_whoever_is_killed(
     data: Path, by_vit: Path, url: str, bucket: str, tmp_path: Path
 ) -> None:
     """One dies before it sends a unit's shards, one when they are there and nobody knows; another one finishes, where a
-    shard of the last unit finds an object of nobody in its place.
+    shard of the last unit finds an object of nobody in its place. Both die when their first units are committed.
     """
     shared = environment(tmp_path / "home")
     with cluster(tmp_path / "cluster") as crew:
-        crew.add("sends", Temper(kill=True, step=4, unit=2, environ=shared))
-        crew.add("sent", Temper(kill=True, step=5, unit=2, environ=shared))
+        crew.add("sends", Temper(hold=True, kill=True, step=4, unit=2, environ=shared))
+        crew.add("sent", Temper(hold=True, kill=True, step=5, unit=2, environ=shared))
         crew.add("lives", Temper(hold=True, environ=shared))
         client = start(words(data, url, "--scheduler", crew.address, "--patience", 60), crew.folder, "client", shared)
-        until(lambda: not any(p.is_alive() for n, p in crew.workers.items() if n != "lives"), client.stderr.read_text)
+        until(lambda: all(map(crew.held, crew.workers)), client.stderr.read_text)
+        until(lambda: len(Objects(bucket, url).names("ledger/commits/")) == 2, client.stderr.read_text)
+        for name in ("sends", "sent"):
+            crew.release(name)
+            crew.workers[name].join()
         last = list(FeatureStore.open(by_vit).ledger.commits.values())[-1][UNITS - 1].shards[0]
         Objects(bucket, url).write(last.path, b"another build's")
         crew.release()
@@ -516,6 +521,29 @@ def test_workers_put_shards_and_the_command_commits_whoever_is_killed(
         assert again == 3, "the two units under way were encoded again, and the one whose place was taken"
         assert list((tmp_path / "cluster" / "lives").rglob("*.features")) == []
     assert found["snapshot"] == FeatureStore.open(by_vit).snapshot
+    assert_whole(url, by_vit, tmp_path / "copy")
+
+
+def test_a_worker_that_dies_before_its_record_is_fetched_costs_two_units_and_no_time(
+    data: Path, by_vit: Path, url: str, tmp_path: Path
+) -> None:
+    """The command stands still while one ends a unit, begins the next and dies; it does not wait for the dead one."""
+    shared = environment(tmp_path / "home")
+    with cluster(tmp_path / "cluster") as crew:
+        crew.add("dies", Temper(hold=True, step=4, environ=shared))
+        client = start(words(data, url, "--scheduler", crew.address, "--patience", 90), crew.folder, "client", shared)
+        until(lambda: crew.held("dies"), client.stderr.read_text)
+        os.kill(client.pid, signal.SIGSTOP)
+        crew.add("lives", Temper(environ=shared))
+        crew.release("dies")
+        until(lambda: crew.steps(1)["dies"] == 2)
+        crew.workers["dies"].kill()
+        os.kill(client.pid, signal.SIGCONT)
+        until(lambda: crew.steps(1)["lives"] > 0, client.stderr.read_text, seconds=20)
+        assert client.end() == 0, client.stderr.read_text()
+        found = json.loads(client.stdout.read_text())
+        assert [f.endswith("was lost") for f in found["failures"]] == [True]
+        assert crew.steps(1) == {"dies": 2, "lives": found["units"]}
     assert_whole(url, by_vit, tmp_path / "copy")
 
 
