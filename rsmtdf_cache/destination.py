@@ -150,7 +150,11 @@ class FolderDestination:
         ledger.compact()
 
     def leave(self, manifest: Manifest, begun: Iterable[Unit]) -> None:
-        """See ``Destination``: nothing that ``verify`` would name."""
+        """See ``Destination``: nothing that ``verify`` would name.
+
+        No attempt may commit any more before the ledger is read: shards go whose record was not there then.
+        """
+        clear_drafts(self.paths)
         leave_whole(self.paths, manifest, begun)
 
     def publisher(self, ledger: Ledger) -> Publisher | None:

@@ -6,16 +6,16 @@ is given to another worker only after the first one's permission was taken back 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import queue
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from rsmtdf_cache.cluster.task import Task
 from rsmtdf_cache.cluster.worker import NotAdmittedError, admit, compute_unit, leave, topic
 from rsmtdf_cache.destination import Destination, Permit
 from rsmtdf_cache.errors import MismatchError, ResourceError, RsmtdfError
@@ -24,8 +24,6 @@ from rsmtdf_cache.records import Commit
 from rsmtdf_cache.work import OnTiles, Tally, Unit, UnitDone
 
 if TYPE_CHECKING:
-    import concurrent.futures
-
     from distributed import Client, Future
 
 __all__ = ["Crew"]
@@ -34,40 +32,13 @@ __all__ = ["Crew"]
 IN_FLIGHT = 2
 #: A unit that was lost with so many workers is their death, not their misfortune.
 LOSSES_MAX = 4
+#: So many workers in a row (or twice those there are) that die while they set up, and nobody comes any more.
+_STILLBORN_MAX = 4
 #: A worker that loads weights gives no signs, so it has at least so long, however short the patience.
 _SET_UP_S = 300.0
 #: So long after a loss another process may take the lost one's place: a Nanny starts one.
 _RETURN_S = 30.0
 _LOOK_S = 0.5
-
-
-class _Task:
-    """A call on a worker. What it returns is fetched as soon as it is there, by the client's own thread: a worker that
-    dies before that stops nothing but this task, and one that dies after it takes nothing with it.
-    """
-
-    def __init__(self, client: Client, future: Future[Any], ended: Callable[[], None]) -> None:
-        """``ended`` is called, in another thread, when ``result`` has something to return or raise."""
-        self._future = future
-        loop: Any = client.loop
-        fetch = client.gather(future, asynchronous=True)
-        self._found: concurrent.futures.Future[Any] = asyncio.run_coroutine_threadsafe(fetch, loop.asyncio_loop)
-        self._found.add_done_callback(lambda _: ended())
-
-    @property
-    def arrived(self) -> bool:
-        """Whether ``result`` returns."""
-        return self._found.done() and not self._found.cancelled() and self._found.exception() is None
-
-    def result(self) -> Any:
-        """Return what was fetched, or raise why nothing was. Does not wait."""
-        return self._found.result(timeout=0)
-
-    def give_up(self) -> None:
-        """Let go of the task, whatever its worker does with it."""
-        with contextlib.suppress(Exception):  # a scheduler that is gone
-            self._future.cancel()
-        self._found.cancel()
 
 
 @dataclass
@@ -88,7 +59,7 @@ class _Attempt:
     unit: Unit
     member: _Member
     permit: Permit
-    task: _Task
+    task: Task
     begun: bool = False
     told: tuple[int, int] = (0, 0)
 
@@ -108,49 +79,57 @@ class Crew:
         self._tallies, self._failures = tallies, failures
         self._members: dict[str, _Member] = {}
         self._attempts: dict[str, _Attempt] = {}  # by the name of the permit
-        self._coming: dict[str, _Task] = {}
+        self._coming: dict[str, Task] = {}  # by address
         self._back: deque[Unit] = deque()  # units that were lost
         self._losses: dict[Unit, int] = {}
-        self._news: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[Task] = queue.SimpleQueue()  # tasks that ended
+        self._signs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._looked, self._last_loss, self._alone_since = 0.0, float("-inf"), time.monotonic()
         self._last_fault: RsmtdfError | None = None
-        self._arriving = True
-        expected = len(self._here()) if expected is None else expected
+        self._arriving, self._stillborn = True, 0
+        self._expected = expected = len(self._here()) if expected is None else expected
         page = client.cluster.dashboard_link if client.cluster is not None else ""
         on_event(ProgressStart("workers", f"cluster ({page})" if page else "cluster", expected, unit="workers"))
 
     def run(self, units: Iterator[Unit]) -> Generator[UnitDone, None, None]:
         """Have ``units`` computed and yield each as it is committed. Raises what the build ends with."""
-        from distributed import fire_and_forget
-
-        self._client.subscribe_topic(topic(self._token), lambda event: self._news.put(("sign", event[1])))
+        self._client.subscribe_topic(topic(self._token), lambda event: self._signs.put(event[1]))
         try:
             yield from self._loop(units)
         finally:
-            for attempt in list(self._attempts.values()):
-                self._take_back(attempt)
-            for coming in self._coming.values():
-                coming.give_up()
-            with contextlib.suppress(Exception):  # a scheduler that is gone; workers that are
-                self._client.unsubscribe_topic(topic(self._token))
-                for member in self._members.values():
-                    if member.state != "out":
-                        fire_and_forget(self._submit(leave, member.address, "leave", self._token))
+            self._end()
+
+    def _end(self) -> None:
+        """Take every permission back and let everybody go. No events: a sink that stops the build raises at each."""
+        from distributed import fire_and_forget
+
+        for attempt in self._attempts.values():
+            with contextlib.suppress(OSError, ResourceError):  # whoever leaves or holds the store does it again
+                self._store.revoke(attempt.permit)
+        for task in [*self._coming.values(), *(a.task for a in self._attempts.values())]:
+            task.give_up()
+        with contextlib.suppress(Exception):  # a scheduler that is gone; workers that are
+            self._client.unsubscribe_topic(topic(self._token))
+            for member in self._members.values():
+                if member.state != "out":
+                    fire_and_forget(self._submit(leave, member.address, "leave", self._token))
 
     def _loop(self, units: Iterator[Unit]) -> Generator[UnitDone, None, None]:
         while True:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._sign(self._signs.get_nowait())
             self._look()
             more = self._hand_out(units)
             if not more and not self._attempts:
                 return
             with contextlib.suppress(queue.Empty):
-                kind, what = self._news.get(timeout=0.1)
-                if kind == "sign":
-                    self._sign(what)
-                elif kind == "admitted":
-                    self._admitted(what)
-                elif (done := self._ended(what)) is not None:
-                    yield done
+                task = self._news.get(timeout=0.1)
+                if (attempt := self._attempts.get(task.name)) is not None:
+                    if (done := self._ended(attempt)) is not None:
+                        yield done
+                elif self._coming.get(task.name) is task:
+                    self._admitted(task)
 
     # -- workers come and go
 
@@ -161,12 +140,17 @@ class Crew:
             return
         self._on_event(Progress("workers", 0))
         here = self._here()
+        if now - self._looked > self._patience_s / 2:  # this process stood still, so nobody else is to blame
+            self._alone_since = now
+            for member in self._members.values():
+                member.last_sign = now
         self._looked = now
         for address in here - self._members.keys():
             self._welcome(address)
         for address in self._members.keys() - here:
             self._last_loss = now
             member = self._members.pop(address)
+            self._stillborn += member.state == "coming"
             self._on_event(Progress("workers", -(member.state == "ready")))
             self._gone(member, "was lost")
         for member in self._members.values():
@@ -180,6 +164,11 @@ class Crew:
         elif now - self._alone_since > self._patience_s:
             raise ResourceError(
                 f"the scheduler has had no worker for {self._patience_s:g} s; start some, run the same command again"
+            )
+        if self._stillborn >= max(_STILLBORN_MAX, 2 * self._expected) and not self._ready:
+            raise ResourceError(
+                f"{self._stillborn} workers in a row were lost before they could begin: {self._failures[-1]}; they may "
+                "be out of memory (fewer workers a machine, a smaller teacher). The same command continues"
             )
         returning = now - self._last_loss < min(self._patience_s, _RETURN_S)
         if self._members and all(m.state == "out" for m in self._members.values()) and not returning:
@@ -196,28 +185,41 @@ class Crew:
         except (OSError, TimeoutError):
             raise lost from None
 
+    @property
+    def _ready(self) -> list[_Member]:
+        return [m for m in self._members.values() if m.state == "ready"]
+
     def _welcome(self, address: str) -> None:
         self._members[address] = _Member(address, Tally(address))
         future = self._submit(admit, address, "set up", self._token, self._site)
-        self._coming[address] = _Task(self._client, future, lambda: self._news.put(("admitted", address)))
+        self._coming[address] = Task(self._client, future, address, self._news.put)
 
-    def _admitted(self, address: str) -> None:
-        task, member = self._coming.pop(address, None), self._members.get(address)
-        if task is None or member is None or member.state == "out":
-            return
+    def _admitted(self, task: Task) -> None:
+        del self._coming[task.name]
+        member = self._members[task.name]
         try:
             facts = task.result()
         except Exception as error:
             if _is_lost(error):  # whether it is gone shows at the next look; if not, it is asked again
-                self._members.pop(address)
+                del self._members[task.name]
+                self._stillborn += 1
+                self._failures.append(f"worker {task.name} was not set up: {_said(error)}")
                 return
             self._out(member, f"is left out: {_said(error)}", error)
             return
-        member.state, member.last_sign = "ready", time.monotonic()
+        member.state, member.last_sign, self._stillborn = "ready", time.monotonic(), 0
         if facts["gpus"]:
-            member.tally.name = f"{address} (GPU {facts['gpus']})"
+            member.tally.name = f"{task.name} (GPU {facts['gpus']})"
         self._tallies.append(member.tally)
         self._on_event(Progress("workers", 1))
+
+    def _unknown(self, member: _Member) -> None:
+        """Have a worker set up again: another process answers at its address, or it forgot a build that was idle."""
+        self._on_event(Progress("workers", -1))
+        del self._members[member.address]
+        for attempt in [a for a in member.attempts if not a.task.arrived]:
+            self._take_back(attempt)
+            self._back.append(attempt.unit)
 
     def _out(self, member: _Member, why: str, error: Exception | None = None) -> None:
         """Give the worker no more units; those it has go to others."""
@@ -233,9 +235,9 @@ class Crew:
         self._on_event(Warned(f"worker {member.address} {why}"))
         if (coming := self._coming.pop(member.address, None)) is not None:
             coming.give_up()
-        for attempt in list(member.attempts):
-            if not attempt.task.arrived:
-                self._lost(attempt)
+        left = [a for a in member.attempts if not a.task.arrived]
+        for attempt in left:
+            self._lost(attempt, attempt.begun or attempt is left[0])
 
     def _nobody_left(self) -> RsmtdfError:
         told = "; ".join(self._failures[-3:])
@@ -247,19 +249,25 @@ class Crew:
     def _hand_out(self, units: Iterator[Unit]) -> bool:
         """Give units to workers that have room, idle ones first; return whether any are left to give."""
         while True:
-            ready = [m for m in self._members.values() if m.state == "ready"]
+            ready = self._ready
             if self._arriving and ready and not self._coming:
                 self._arriving = False
                 self._on_event(ProgressEnd("workers"))
             free = min(ready, key=lambda m: len(m.attempts), default=None)
             if free is None:
-                return True
+                return self._any_left(units)
             if len(free.attempts) >= IN_FLIGHT:
                 return True
             unit = self._back.popleft() if self._back else next(units, None)
             if unit is None:
                 return self._even_out(free)
             self._give(unit, free)
+
+    def _any_left(self, units: Iterator[Unit]) -> bool:
+        """Whether there is a unit to give, now that nobody is there who takes one."""
+        if not self._back and (unit := next(units, None)) is not None:
+            self._back.append(unit)
+        return bool(self._back)
 
     def _even_out(self, idle: _Member) -> bool:
         """Move a unit that waits behind another one to a worker without any, now that no more are left."""
@@ -279,7 +287,7 @@ class Crew:
         permit = self._store.grant(unit.set_id, unit.group)
         told = (self._token, unit.set_id, unit.group, unit.tiles, permit.told)
         future = self._submit(compute_unit, member.address, f"encode {self._labels[unit.set_id]}", *told)
-        task = _Task(self._client, future, lambda: self._news.put(("ended", permit.name)))
+        task = Task(self._client, future, permit.name, self._news.put)
         attempt = self._attempts[permit.name] = _Attempt(unit, member, permit, task)
         if not member.attempts:
             member.last_sign = time.monotonic()
@@ -301,16 +309,15 @@ class Crew:
         if any(more):
             self._on_tiles(attempt.unit, *more)
 
-    def _ended(self, name: str) -> UnitDone | None:
-        attempt = self._attempts.get(name)
-        if attempt is None:  # it was given up before
-            return None
+    def _ended(self, attempt: _Attempt) -> UnitDone | None:
         unit, member = attempt.unit, attempt.member
         try:
             found = attempt.task.result()
         except Exception as error:
-            if _is_lost(error) or self._store.clear(error):
-                self._lost(attempt)
+            if isinstance(error, NotAdmittedError):
+                self._unknown(member)
+            elif _is_lost(error) or self._store.clear(error):
+                self._lost(attempt, attempt.begun or member.attempts[0] is attempt)
             elif _is_of_the_worker(error):
                 self._out(member, f"gets no more work: {_said(error)}", error)
             else:  # of the data, or a bug: it would come again anywhere
@@ -323,8 +330,8 @@ class Crew:
         self._forget(attempt)
         return UnitDone(unit, commit, found["nbytes"], member.tally.name)
 
-    def _lost(self, attempt: _Attempt) -> None:
-        begun = attempt.begun or attempt.member.attempts[0] is attempt  # it may have died before it could say so
+    def _lost(self, attempt: _Attempt, begun: bool) -> None:
+        """Have the unit done again. ``begun``: and count that; a worker may die before it can say what it began."""
         self._take_back(attempt)
         self._back.append(attempt.unit)
         losses = self._losses[attempt.unit] = self._losses.get(attempt.unit, 0) + begun
@@ -355,7 +362,7 @@ def _is_lost(error: Exception) -> bool:
     from distributed import KilledWorker
     from distributed.comm.core import CommClosedError
 
-    lost = (CancelledError, TaskCancelled, DaskCancelled, KilledWorker, CommClosedError, TimeoutError, NotAdmittedError)
+    lost = (CancelledError, TaskCancelled, DaskCancelled, KilledWorker, CommClosedError, TimeoutError)
     return isinstance(error, lost)
 
 

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,30 @@ __all__ = ["NotAdmittedError", "admit", "compute_unit", "leave", "topic"]
 
 #: A worker says once in so many seconds that it lives and how far it is.
 SIGN_S = 1.0
+#: A build that gave this worker nothing to do for so long makes room for another one; it is admitted again if it comes.
+IDLE_S = 60.0
 
 
 class NotAdmittedError(Exception):
-    """This process has no bench for the build: it began after the worker of this address was admitted."""
+    """This process has no bench for the build: it began after the worker of this address was admitted, or it made
+    room for another build.
+    """
 
 
 @dataclass
 class _Desk:
-    """The bench of a build in this process. One unit at a time, however many threads the worker has."""
+    """The bench of a build in this process. ``used``: when it was last needed."""
 
     token: str
     bench: Bench
-    turn: threading.Lock = field(default_factory=threading.Lock)
+    used: float
 
 
-#: At most one: a worker that serves another build lets the teachers of the one before go.
+#: Of the builds that use this worker now: several clients may share a cluster.
 _desks: list[_Desk] = []
 _opening = threading.Lock()
+#: One set-up or unit at a time, of whatever build: torch's number of threads is one for the process.
+_turn = threading.Lock()
 
 
 def topic(token: str) -> str:
@@ -51,11 +57,15 @@ def topic(token: str) -> str:
 
 
 def admit(token: str, site: dict[str, Any]) -> dict[str, Any]:
-    """Set up the bench of ``site`` here, once; return facts about this process. Raises like ``site.set_up``."""
-    with _opening:
+    """Set up the bench of ``site`` here, once; return facts about this process. Raises like ``site.set_up``.
+
+    The teachers of builds that are idle go, and of one into the same store, which is over.
+    """
+    with _opening, _turn:
         if not any(d.token == token for d in _desks):
-            _desks.clear()
-            _desks.append(_Desk(token, set_up(site)))
+            since, out = time.monotonic() - IDLE_S, site["request"]["out"]
+            _desks[:] = [d for d in _desks if d.used > since and str(d.bench.request.out) != out]
+            _desks.append(_Desk(token, set_up(site), time.monotonic()))
     return {"pid": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
 
 
@@ -75,7 +85,7 @@ def compute_unit(token: str, set_id: str, group: int, tiles: int, folder: str) -
     if desk is None:
         raise NotAdmittedError(token)
     unit, place = Unit(set_id, group, tiles), Path(folder)
-    with desk.turn, _drafts(desk.bench, place) as drafts:
+    with _turn, _drafts(desk.bench, place) as drafts:
         since, signs = time.perf_counter(), _Signs(token, place.name)
         ledger = desk.bench.ledger
         there = ledger.paths.commit(set_id, group)
@@ -85,6 +95,7 @@ def compute_unit(token: str, set_id: str, group: int, tiles: int, folder: str) -
             signs.folder = drafts or begin(place)
             commit = compute(desk.bench, unit, signs.tile, signs.folder)
             ledger.forget(commit)
+        desk.used = time.monotonic()
         return {"commit": commit.to_json(), "nbytes": signs.nbytes, "seconds": time.perf_counter() - since}
 
 

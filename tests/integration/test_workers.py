@@ -204,6 +204,25 @@ def _serves(crew: Cluster, workers: int) -> bool:
         return len(set(look.gather(asked))) == workers
 
 
+def test_two_builds_share_workers(root: Path, crew: Cluster, tmp_path: Path) -> None:
+    """The second one begins while each worker, with four threads, is in a unit of the first one."""
+    for name in "ab":
+        crew.add(name, Temper(hold=True, unit=2, nthreads=4))
+    first = build(root, tmp_path / "first", crew, "first")
+    until(lambda: crew.held("a") and crew.held("b"))
+    second = build(root, tmp_path / "second", crew, "second")
+    from distributed import Client
+
+    with Client(crew.address, set_as_default=False) as look:
+        until(lambda: sum(key.startswith("rsmtdf set up") for key in look.run_on_scheduler(_tasks)) == 2)
+    crew.release()
+    for client in (first, second):
+        assert report(client)["failures"] == []
+    assert sum(crew.steps(1).values()) == 2 * UNITS
+    assert_whole(root, tmp_path / "first")
+    assert_whole(root, tmp_path / "second")
+
+
 def test_a_worker_that_hangs_is_given_up_and_harmless_when_it_wakes(root: Path, crew: Cluster, tmp_path: Path) -> None:
     crew.add("hangs", Temper(hold=True, step=4, unit=2))
     crew.add("works")
