@@ -81,6 +81,8 @@ def one_voice() -> Iterator[bool]:
         raise SystemExit(error.exit_code) from None
     except RsmtdfError as error:
         if isinstance(error, PeerGone) and is_launched():
+            if not speaks:  # the launcher reads it when nobody else knows what happened
+                sys.stderr.write(f"{error}\n")
             raise SystemExit(PEER_GONE) from None
         if not speaks:
             error.args = (f"process {rank} (of 0 to {int(count) - 1}): {error}",)

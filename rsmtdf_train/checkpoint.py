@@ -122,6 +122,9 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 stack.enter_context(build_lock(self._lock, self.refuse_held))
                 self._lock.write_text(f"process {os.getpid()} on {platform.node()}")
+                for folder in (self.root, self.checkpoints):  # what a process that was killed while it wrote has left
+                    for draft in folder.glob(".*.tmp"):
+                        draft.unlink(missing_ok=True)
             try:
                 yield
             finally:

@@ -266,9 +266,11 @@ class _Crew:
             hung = (
                 f"process {', '.join(map(str, self.killed))} did not answer" if self.killed else "they lost each other"
             )
+            notes = [self._note(rank) for rank, code in codes.items() if code == PEER_GONE]
+            heard = next((f". One of them: {note.splitlines()[-1]}" for note in notes if note), "")
             raise ResourceError(
                 f"{len(codes)} processes: {hung}, and the others waited in vain (RSMTDF_PEER_TIMEOUT_S); the same "
-                "command continues from the last checkpoint"
+                f"command continues from the last checkpoint{heard}"
             )
         rank, code = next(iter(own.items()))
         if code < 0:

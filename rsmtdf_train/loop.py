@@ -1,4 +1,6 @@
-"""The loop: step, log, save, validate, score. A run that stops anywhere continues to the same bits."""
+"""The loop: step, log, save, validate, score. A run that stops anywhere continues to the same bits (on a GPU: up to
+what its own kernels repeat).
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ from rsmtdf_train.run import (
     record_store,
     tell_about,
 )
-from rsmtdf_train.state import Best, TrainState, build_state
+from rsmtdf_train.state import Best, TrainState, build_state, require_finite
 from rsmtdf_train.step import train_step
 from rsmtdf_train.targets.drift import drawn_tiles
 from rsmtdf_train.validation import validate
@@ -95,12 +97,18 @@ def train(
             f"--pin writes into the store, which must be a local folder; --use-cache is {_shown(store_path)}"
         )
     processes = Processes.join(device)
+    together = False
     try:
-        return _train(
+        result = _train(
             recipe, out, store_path, pin, device, on_event, threads, tensorboard, processes, pixels, residency
         )
+        together = True
+        return result
+    except Interrupted:
+        together = True
+        raise
     finally:
-        processes.leave()
+        processes.leave(together)
 
 
 def _train(
@@ -230,7 +238,8 @@ def _steps(run: Run, state: TrainState, on_event: TrainSink, tensorboard: bool) 
                 log.flush()
                 validate(run, state, on_event)
             if stop or last or state.stopped or state.step % recipe.checkpoint_every == 0:
-                log.flush()  # raises for a loss that is not finite: such a state is never saved
+                log.flush()  # raises for a loss that is not finite, and so does the next line for weights
+                require_finite(state)
                 if processes.first:
                     save_checkpoint(run.folder, run.identity, state)
                 processes.wait()  # who leaves earlier has torchrun stop the one that writes

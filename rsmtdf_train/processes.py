@@ -57,7 +57,14 @@ class Processes:
             cpu = device is not None and device.startswith("cpu")
             gpu = torch.cuda.is_available() and not cpu
             if gpu:
+                if local >= (gpus := torch.cuda.device_count()):
+                    raise UsageError(
+                        f"LOCAL_RANK={local}, and this process sees {gpus} GPUs: start one process for each GPU, and "
+                        "let each see all of its machine's (CUDA_VISIBLE_DEVICES)"
+                    )
                 torch.cuda.set_device(local)  # NCCL talks through the current GPU
+                # A peer that hangs is then an error of the sum that waits for it, and not the end of this process.
+                os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
             meeting = os.environ.get(MEETING)
             with _company():
                 dist.init_process_group(
@@ -154,9 +161,12 @@ class Processes:
             with _company():
                 dist.barrier()
 
-    def leave(self) -> None:
-        """End the group; nothing to do for one process."""
-        if self.count > 1 and dist.is_initialized():
+    def leave(self, together: bool = True) -> None:
+        """End the group; nothing to do for one process.
+
+        ``together``: all processes do so now. NCCL waits for them: one that fails alone would never say why.
+        """
+        if self.count > 1 and dist.is_initialized() and (together or dist.get_backend() != "nccl"):
             dist.destroy_process_group()
 
 
@@ -173,14 +183,15 @@ def _company() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0][:200]
         if (waited := time.monotonic() - started) >= _patience_s() - 1:
             raise PeerGone(
                 f"another process of this run did not answer for {waited:.0f} s (RSMTDF_PEER_TIMEOUT_S), so this one "
-                "cannot go on; end it, the same command continues from the last checkpoint"
+                f"cannot go on; end it, the same command continues from the last checkpoint ({reason})"
             ) from error
         raise PeerGone(
-            "another process of this run ended, so this one cannot go on; its message says why. The same command "
-            "continues from the last checkpoint"
+            "another process of this run ended, or is out of reach, so this one cannot go on; its message says why. "
+            f"The same command continues from the last checkpoint ({reason})"
         ) from error
 
 

@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from rsmtdf_cache.errors import UsageError
 from rsmtdf_train.fused_student import FusedStudent, build_fused_student
 from rsmtdf_train.fusion import TargetShape
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.sections import OptimConfig
 
-__all__ = ["Best", "TrainState", "build_state", "learning_rates", "lr_factor", "set_learning_rates", "update_ema"]
+__all__ = [
+    "Best", "TrainState", "build_state", "learning_rates", "lr_factor", "require_finite", "set_learning_rates",
+    "update_ema",
+]  # fmt: skip
 
 #: Exponent of the polynomial schedule (RS-MTDF and most of segmentation).
 _POWER = 0.9
@@ -67,6 +71,19 @@ def build_state(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
     return TrainState(student.train(), ema, optimizer, scaler)
+
+
+def require_finite(state: TrainState) -> None:
+    """Raise ``UsageError`` unless all weights and running statistics are finite.
+
+    A finite loss can have an infinite gradient, and a clipped one of that is NaN.
+    """
+    known = [t for t in state.student.state_dict().values() if t.is_floating_point()]
+    if not bool(torch.stack([t.isfinite().all() for t in known]).all()):
+        raise UsageError(
+            f"step {state.step}: weights are not finite numbers any more, though the loss is; the last checkpoint is "
+            "kept. Lower optim.lr, or set precision=float32; the gradient was too large for a number"
+        )
 
 
 def learning_rates(config: OptimConfig) -> tuple[float, float]:

@@ -146,13 +146,14 @@ class Lease:
     def _renew(self) -> None:
         asked = _clock()
         self._count += 1
-        self._transport.replace(LEASE, self._body(), self._tag)
+        replaced = self._transport.replace(LEASE, self._body(), self._tag)
         found = self._transport.tagged(LEASE)
         holder = _Holder.parse(found.data) if found is not None else None
         if found is None or holder is None or holder.owner != self._owner:
             self._lost = f"a build on {holder.host}" if holder is not None else "somebody who removed it"
             return
-        self._tag, self._renewed = found.tag, asked
+        # Not replaced, and still ours: an earlier renewal whose answer was lost, so it is as old as the server says.
+        self._tag, self._renewed = found.tag, asked if replaced else max(self._renewed, asked - found.age_s)
 
     def _body(self, released: bool = False) -> bytes:
         said: dict[str, Any] = {

@@ -95,10 +95,24 @@ class RemoteRecords:
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(bring, names))
+        self._leave_doubles(known)
         for path in record_files(self._paths):
             name = self._paths.relative(path)
             if name not in (DROPPED, QUARANTINE):  # made here, or not brought: only the head says that they are there
                 self._there.setdefault(name, sha256_file(path))
+
+    def _leave_doubles(self, listed: set[str]) -> None:
+        """Leave unlisted sets alone that have an array which a listed one has: of a push that was stopped, and late."""
+        if not self._paths.manifest.is_file():
+            return
+        ledger = Ledger.load(self._paths)
+        places = {name: self._paths.array_set(name) for name in ledger.sets}
+        known = {name for name, place in places.items() if self._paths.relative(place) in listed}
+        taken = {spec.key for name in known for spec in ledger.live(name)}
+        for name in ledger.sets.keys() - known:
+            if taken & {spec.key for spec in ledger.sets[name].arrays.specs}:
+                places[name].unlink()
+                shutil.rmtree(self._paths.ledger / "commits" / name, ignore_errors=True)
 
     def add(self, name: str, data: bytes, same: Callable[[bytes], bool]) -> None:
         """Publish the record ``name`` put-if-absent, there and in the folder.
@@ -141,9 +155,10 @@ class RemoteRecords:
             return
         if self._transport.put(name, data) or self._transport.get(name, 2 * len(data) + 2**16) == data:
             return
-        if name.endswith(".json"):
+        record = name.removesuffix(".parquet") + ".json"
+        if record == name or self._transport.size(record) is not None:  # else a killed build's: no record names it
             raise self._other(name)
-        self._transport.put(name, data, absent=False)  # a killed build's: the record that would name it never came
+        self._transport.put(name, data, absent=False)
 
     def _other(self, name: str) -> MismatchError:
         return MismatchError(

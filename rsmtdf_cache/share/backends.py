@@ -17,7 +17,7 @@ from typing import Any
 from rsmtdf_cache.errors import ResourceError
 from rsmtdf_cache.share.address import Address
 
-__all__ = ["BLOCK_NBYTES", "Backend", "FsspecBackend", "STREAM_NBYTES", "Tagged", "open_backend"]
+__all__ = ["BLOCK_NBYTES", "Backend", "FsspecBackend", "STREAM_NBYTES", "Tagged", "code_of", "open_backend"]
 
 #: One ranged request of an object store asks for that much.
 BLOCK_NBYTES = 8 * 2**20
@@ -35,6 +35,12 @@ class Tagged:
     data: bytes
     tag: str
     age_s: float
+
+
+def code_of(error: Exception) -> str:
+    """Return the code that an S3 server gave with ``error``, empty for none."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    return str(answer.get("Error", {}).get("Code", ""))
 
 
 class Backend(ABC):

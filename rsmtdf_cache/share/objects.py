@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from rsmtdf_cache.share.backends import BLOCK_NBYTES, FsspecBackend, Tagged
+from rsmtdf_cache.share.backends import BLOCK_NBYTES, FsspecBackend, Tagged, code_of
 
 __all__ = ["ObjectBackend"]
 
@@ -71,6 +71,8 @@ class ObjectBackend(FsspecBackend):
         except FileExistsError:
             return False
         except OSError as error:
+            if absent and _is_precondition(error):
+                return False  # a server that does not say which condition failed
             if not absent or error.errno != errno.ENOSYS:
                 raise
             return self._put_unguarded(name, source)  # a server without conditional puts
@@ -151,8 +153,7 @@ class ObjectBackend(FsspecBackend):
         except FileNotFoundError:
             return False
         except OSError as error:
-            answer = getattr(error.__cause__, "response", None) or {}
-            if answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412"):
+            if _is_precondition(error):
                 return False
             if error.errno == errno.ENOSYS:
                 return self._looked(name, tag, instead)
@@ -178,6 +179,11 @@ class ObjectBackend(FsspecBackend):
             fs.put_file(str(source), url, mode=mode, chunksize=16 * 2**20)
         else:
             fs.put_file(str(source), url, mode=mode)
+
+
+def _is_precondition(error: OSError) -> bool:
+    """Whether an S3 server says that what was to be there, or not to be there, is otherwise."""
+    return code_of(error) in ("PreconditionFailed", "412")
 
 
 def _tag(info: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from rsmtdf_cache.bucket.lease import refuse_held
 from rsmtdf_cache.errors import FindingsError, Interrupted, MismatchError, ResourceError, UsageError
 from rsmtdf_cache.events import EventSink, Progress, ProgressEnd, ProgressStart, Warned, ignore_events
-from rsmtdf_cache.files import RECORD_NBYTES_MAX, read_json, replace_file, replace_json, sha256_file
+from rsmtdf_cache.files import RECORD_NBYTES_MAX, read_json, record_bytes, replace_file, replace_json, sha256_file
 from rsmtdf_cache.head import parse_head, read_head, write_head
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Commit, Ledger, ShardRecord
@@ -30,6 +30,7 @@ from rsmtdf_cache.share.pull import CopyReport, copy_local, find_damaged
 from rsmtdf_cache.share.select import CopyPlan, Selection, Unit, plan_copy
 from rsmtdf_cache.share.staged import Staged, local_records, read_remote_head, stage_records
 from rsmtdf_cache.share.transport import Transport, connect
+from rsmtdf_cache.tiles import TileTable, read_segment
 
 __all__ = ["push_store"]
 
@@ -150,10 +151,8 @@ class _Push:
         source = self.source.paths
         self._record(source.manifest)
         for first in sorted(self.source.ledger.segments):
-            record = source.tile_segment(first)
             if not self.paths.tile_segment(first).is_file():
-                self._record(record.with_suffix(".parquet"))
-                self._record(record)
+                self._tiles(source.tile_segment(first))
         for name in self.plan.arrays:
             for digest in self.source.ledger.sets[name].calibrations.values():
                 self._record(source.calibration(digest))
@@ -161,9 +160,7 @@ class _Push:
         try:
             manifest, ledger = load_manifest(self.paths), Ledger.load(self.paths)
         except FindingsError:
-            raise MismatchError(
-                f"{self.shown}: files of another store, or of a broken push, are there; push to another place"
-            ) from None
+            raise self._foreign() from None
         refuse_other_store((self.source.manifest, self.source.ledger), (manifest, ledger), self.shown)
         refuse_double(self.plan.arrays, self.source.ledger, ledger, self.shown)
         if self.plan.drop - ledger.dropped:
@@ -171,12 +168,32 @@ class _Push:
         if not self.paths.quarantine.is_file() and source.quarantine.is_file():
             replace_file(self.paths.quarantine, source.quarantine.read_bytes())
 
-    def _record(self, record: Path) -> None:
+    def _tiles(self, record: Path) -> None:
+        """Bring a tile segment. A push that was stopped may have put its table without the record: theirs counts."""
+        table = record.with_suffix(".parquet")
+        self._record(table)
+        place = self.paths.root / self.source.paths.relative(table)
+        body, theirs = read_json(record), sha256_file(place)
+        if theirs == body["sha256"]:
+            self._record(record)
+            return
+        try:
+            splits = TileTable([(0, read_segment(place, body["rows"]))]).splits
+        except FindingsError:
+            raise self._foreign() from None
+        self._record(record, record_bytes({**body, "sha256": theirs, "splits": splits}))
+
+    def _foreign(self) -> MismatchError:
+        return MismatchError(
+            f"{self.shown}: files of another store, or of a broken push, are there; push to another place"
+        )
+
+    def _record(self, record: Path, data: bytes | None = None) -> None:
         name = self.source.paths.relative(record)
         place = self.paths.root / name
         if place.is_file():
             return
-        data = record.read_bytes()
+        data = data or record.read_bytes()
         if not self.transport.put(name, data):
             # Of an earlier push, or of one beside this: theirs counts, and is compared by its meaning.
             data = self.transport.get(name, 2 * len(data) + 2**16) or data

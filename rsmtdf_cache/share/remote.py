@@ -175,8 +175,8 @@ class RemoteMirror:
             draft = self._home / "drafts" / f"{record.sha256}.{record.nbytes}"
             self._make_room(draft, record.nbytes, limit)
             self._transport.fetch(name, draft, record.nbytes, record.sha256, lambda count: None)
-            draft.chmod(0o444)
-            rename_file(draft, shard)
+            rename_file(draft, shard)  # first: a draft that nobody may write to could not be continued
+            shard.chmod(0o444)
             self._touched[shard] = time.monotonic()
 
     def _lock_of(self, sha256: str) -> Path:
@@ -189,7 +189,8 @@ class RemoteMirror:
         """
         while True:
             with _flock(self._home / "locks" / "room.lock"):
-                drafts = {p: int(p.suffix[1:]) for p in (self._home / "drafts").iterdir() if p != draft}
+                here = [p for p in (self._home / "drafts").iterdir() if _is_ours(p)]
+                drafts = {p: int(p.suffix[1:]) for p in here if p != draft}
                 shards = sorted(_files(self._home / "shards"), key=lambda item: item[0])
                 used = sum(drafts.values()) + sum(size for _, size, _ in shards)
                 for _, size, path in shards:
@@ -237,11 +238,16 @@ def _link(shard: Path, place: Path) -> None:
 
 def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:
     """Yield when each file of ``folder`` was used last, its bytes, and its path."""
-    for path in folder.iterdir():
+    for path in filter(_is_ours, folder.iterdir()):
         with contextlib.suppress(FileNotFoundError):
             found = path.stat()
             if stat.S_ISREG(found.st_mode):
                 yield found.st_mtime, found.st_size, path
+
+
+def _is_ours(path: Path) -> bool:
+    """False for what a network file system keeps of a file that is removed while a process has it open: ``.nfs…``."""
+    return not path.name.startswith(".")
 
 
 def _remove_old(folder: Path, root: Path) -> None:
@@ -255,4 +261,9 @@ def _remove_old(folder: Path, root: Path) -> None:
 def _flock(path: Path) -> Iterator[None]:
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        holder = os.getpid()
+        try:
+            yield
+        finally:
+            if os.getpid() == holder:  # a process that was forked meanwhile has the file open too, and would keep it
+                fcntl.flock(file, fcntl.LOCK_UN)

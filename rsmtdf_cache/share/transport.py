@@ -19,7 +19,7 @@ from typing import TypeVar
 from rsmtdf_cache.errors import FindingsError, ResourceError, RsmtdfError
 from rsmtdf_cache.files import fsync_file, sha256_file
 from rsmtdf_cache.share.address import Address, redact
-from rsmtdf_cache.share.backends import BLOCK_NBYTES, Backend, Tagged, open_backend
+from rsmtdf_cache.share.backends import BLOCK_NBYTES, Backend, Tagged, code_of, open_backend
 from rsmtdf_cache.share.names import checked_name
 
 __all__ = ["Transport", "connect"]
@@ -255,6 +255,8 @@ class Transport:
         status = getattr(error, "status", None)
         if isinstance(error, RsmtdfError):
             return error
+        if code_of(error) == "NoSuchUpload":
+            return _Lost("an upload ended and its answer was lost")  # the next try finds the file, or puts it
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             if re.search(r"bucket\b.*\b(not exist|not found)", str(error), re.IGNORECASE):
                 self.bucket_missing = True

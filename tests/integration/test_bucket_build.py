@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import itertools
@@ -16,7 +17,9 @@ from typing import Any
 
 import boto3
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import ClientError
 
 from rsmtdf_cache import writer
 from rsmtdf_cache.bucket.destination import BucketDestination
@@ -25,7 +28,8 @@ from rsmtdf_cache.build import build_store
 from rsmtdf_cache.errors import Interrupted, MismatchError, ResourceError, UsageError
 from rsmtdf_cache.estimate import plan_build
 from rsmtdf_cache.events import Event, Progress, ignore_events
-from rsmtdf_cache.files import record_bytes
+from rsmtdf_cache.files import read_json, record_bytes, sha256_file
+from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import Manifest, load_manifest
 from rsmtdf_cache.records import ShardRecord
@@ -36,6 +40,7 @@ from rsmtdf_cache.share.pull import pull_store
 from rsmtdf_cache.share.push import push_store
 from rsmtdf_cache.store import FeatureStore
 from rsmtdf_cache.teachers.base import Teacher, TeacherRequest
+from rsmtdf_cache.verify import verify_store
 from tests.bucket_builds import asked, build, encoded, environment, start_build
 from tests.clusters import Temper, cluster, until
 from tests.command_line import call
@@ -471,6 +476,87 @@ def test_a_dry_run_tells_what_is_left_and_writes_nothing(data: Path, url: str, b
     before = Objects(bucket, url).names()
     assert plan().nbytes == 0 and 0 < plan(splits=["train", "val"]).nbytes < first.nbytes
     assert Objects(bucket, url).names() == before
+
+
+# -- what others put there meanwhile
+
+
+def rewritten(whole: Path, folder: Path) -> tuple[bytes, bytes]:
+    """Return the tile table of ``whole`` as another writer would have it, and its record."""
+    place = folder / "table.parquet"
+    table = StorePaths(whole).tile_segment(0).with_suffix(".parquet")
+    pq.write_table(pq.read_table(table), place, use_dictionary=False, compression="none", write_statistics=True)
+    assert place.read_bytes() != table.read_bytes()
+    body = read_json(StorePaths(whole).tile_segment(0))
+    return place.read_bytes(), record_bytes({**body, "sha256": sha256_file(place)})
+
+
+TILES = "ledger/tiles/0000000000"
+
+
+def test_a_tile_table_that_a_record_names_is_never_written_over(
+    data: Path, whole: Path, url: str, bucket: str, tmp_path: Path
+) -> None:
+    """It came after the build had looked at what is there; the same command takes it for its own."""
+    builder = start_build(tmp_path / "late", asked(data, url), tmp_path / "elsewhere", 2, hold=True)
+    until(lambda: builder.held)
+    table, record = rewritten(whole, tmp_path)
+    Objects(bucket, url).write(f"{TILES}.parquet", table)
+    Objects(bucket, url).write(f"{TILES}.json", record)
+    builder.release()
+    assert builder.end() == 4 and "nothing was overwritten" in builder.said
+    assert Objects(bucket, url).read(f"{TILES}.parquet") == table
+    assert build(data, url).snapshot == FeatureStore.open(whole).snapshot == FeatureStore.open(url).snapshot
+
+
+def test_a_tile_table_without_a_record_is_taken_over_by_the_next_push(
+    whole: Path, url: str, bucket: str, tmp_path: Path
+) -> None:
+    table, _ = rewritten(whole, tmp_path)
+    Objects(bucket, url).write("manifest.json", StorePaths(whole).manifest.read_bytes())
+    Objects(bucket, url).write(f"{TILES}.parquet", table)
+    push_store(whole, url)
+    assert Objects(bucket, url).read(f"{TILES}.parquet") == table
+    pull_store(url, tmp_path / "copy")
+    assert verify_store(tmp_path / "copy", deep=True) == []
+    assert FeatureStore.open(tmp_path / "copy").snapshot == FeatureStore.open(whole).snapshot
+
+
+def test_a_set_that_a_stopped_push_left_stands_in_nobodys_way(
+    data: Path, whole: Path, url: str, bucket: str, tmp_path: Path
+) -> None:
+    """It has the layers of a set that another push has published since."""
+    push_store(whole, url)
+    assert boto3.client("s3", endpoint_url=bucket).delete_object(
+        Bucket="bucket", Key=url.removeprefix("s3://bucket/") + "/ledger/head.json"
+    )
+    request = asked(data, tmp_path / "part", teachers=["mean,layers=mean8"])
+    build_store(BuildRequest.of(request), load_teacher=load_mean_teacher)
+    push_store(tmp_path / "part", url)
+    published = FeatureStore.open(url).snapshot
+    report = build(data, url, teachers=["mean,layers=mean8"])
+    assert (report.units, report.snapshot) == (0, published)
+    assert_named(url)
+
+
+def test_a_server_that_does_not_say_which_condition_failed(url: str, bucket: str) -> None:
+    """Then s3fs knows no more than that the request was wrong."""
+    way = transport.connect(Address.parse(url))
+    assert way.put("manifest.json", b"first")
+    files: Any = way._backend
+    inner, calls = files._send, []
+
+    def send(*told: Any) -> None:
+        try:
+            inner(*told)
+        except FileExistsError as error:
+            calls.append(error)
+            answer = {"Error": {"Code": "PreconditionFailed", "Message": "At least one condition failed"}}
+            raise OSError(errno.EINVAL, "Invalid argument") from ClientError(answer, "PutObject")
+
+    files._send = send
+    assert not way.put("manifest.json", b"second") and len(calls) == 1
+    assert way.get("manifest.json", 100) == b"first"
 
 
 # -- workers

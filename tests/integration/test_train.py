@@ -21,6 +21,7 @@ from rsmtdf_cache.errors import DataError, Interrupted, MismatchError, ResourceE
 from rsmtdf_cache.events import Warned
 from rsmtdf_cache.request import BuildRequest
 from rsmtdf_cache.sources import open_source
+from rsmtdf_train import loop
 from rsmtdf_train.checkpoint import RunFolder, load_deployed
 from rsmtdf_train.evaluate import evaluate
 from rsmtdf_train.logs import StepLogged
@@ -28,6 +29,8 @@ from rsmtdf_train.loop import train
 from rsmtdf_train.recipe import Recipe
 from rsmtdf_train.run import count_steps
 from rsmtdf_train.sections import OptimConfig
+from rsmtdf_train.state import TrainState
+from rsmtdf_train.step import train_step
 from tests.commands import Command, start
 from tests.datasets import write_dataset
 from tests.stores import write_mean_store
@@ -366,6 +369,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(root: Path) 
     lines = log_of(root / "nan")
     assert lines[-1]["loss"] is None and len(lines) < STEPS
     assert saved(root / "nan")["step"] == len(lines) - 1
+
+
+def test_weights_that_are_not_finite_stop_the_run_and_are_never_saved(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a finite loss with an infinite gradient. What a save that was killed left goes with the next command."""
+    step = train_step
+
+    def overflow(state: TrainState, *more: Any) -> dict[str, Any]:
+        logs = step(state, *more)
+        if state.step == 2:
+            next(state.student.parameters()).data.view(-1)[0] = float("nan")
+        return logs
+
+    chosen, out = plain(root, method="supervised", checkpoint_every=1), root / "overflow"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", overflow)
+        with pytest.raises(UsageError, match=r"step 2: weights are not finite.*optim\.lr"):
+            train(chosen, out, device="cpu", tensorboard=False)
+    assert saved(out)["step"] == 1
+    draft = out / "checkpoints" / ".last.pt.0.tmp"
+    draft.write_bytes(b"half")
+    assert train(chosen, out, device="cpu", tensorboard=False).resumed_at == 1
+    assert not draft.exists()
 
 
 def test_a_crop_the_student_cannot_read_is_refused(root: Path) -> None:

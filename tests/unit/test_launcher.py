@@ -98,6 +98,13 @@ def test_a_process_that_is_killed_is_named() -> None:
         run(f"time.sleep(0.2); os.kill(os.getpid(), 9) if rank == 1 else (time.sleep(0.6), sys.exit({PEER_GONE}))", 2)
 
 
+def test_when_all_lost_each_other_the_reason_of_one_is_told() -> None:
+    told = "another process ended (no such interface: eth7)"
+    script = f"print({told!r}, file=sys.stderr) if rank else None; sys.exit({PEER_GONE})"
+    with pytest.raises(ResourceError, match=r"2 processes: they lost each other.*\(no such interface: eth7\)"):
+        run(script, 2)
+
+
 def test_a_process_that_hangs_when_the_others_gave_up_is_killed_and_named(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
