@@ -11,7 +11,7 @@ from pathlib import Path
 from rsmtdf_cache.errors import DataError
 from rsmtdf_cache.rasters.png import PngError, require_whole_png
 
-__all__ = ["GDAL_CACHE_MB", "gdal_settings", "has_place", "reason_of", "require_whole_file"]
+__all__ = ["GDAL_CACHE_MB", "all_sources", "gdal_settings", "has_place", "reason_of", "require_whole_file"]
 
 #: Megabytes of decoded blocks that GDAL keeps. Its own default is a twentieth of the machine's memory.
 GDAL_CACHE_MB = 64
@@ -55,6 +55,19 @@ def require_whole_file(path: Path, driver: str, what: str) -> None:
         missing = next((p for p in _sources(path) if not p.exists()), None)
         if missing is not None:
             raise DataError(f"{what}: its source {missing} is not there; a virtual raster needs all of them")
+
+
+def all_sources(path: Path) -> list[Path]:
+    """Return the files that a virtual raster is made of, those of virtual ones among them too, in order, each once."""
+    found: dict[Path, None] = {}
+    waiting = [path]
+    while waiting:
+        for source in _sources(waiting.pop()):
+            if source not in found and source != path:
+                found[source] = None
+                if source.suffix.lower() == ".vrt":
+                    waiting.append(source)
+    return list(found)
 
 
 def _sources(path: Path) -> Iterator[Path]:

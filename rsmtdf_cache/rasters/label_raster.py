@@ -109,6 +109,8 @@ def _described(path: Path, dataset: Any, kind: Literal["values", "colors"]) -> L
     has_palette = bands == 1 and colors[0] is ColorInterp.palette
     palette = None
     if kind == "colors":
+        if has_palette and dtype != np.uint8:
+            raise DataError(f"labels {path}: a palette of {dtype} values; colours need an 8-bit palette")
         if has_palette:
             palette = np.zeros((256, 3), np.uint8)
             for number, color in dataset.colormap(1).items():

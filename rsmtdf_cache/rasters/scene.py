@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rsmtdf_cache.errors import DataError, UsageError
-from rsmtdf_cache.rasters.gdal import reason_of, require_whole_file
+from rsmtdf_cache.rasters.gdal import all_sources, reason_of, require_whole_file
 from rsmtdf_cache.rasters.scaling import EIGHT_BIT, PixelRule, Scale, percentile_scale, scale_text, to_8_bit
 
 __all__ = ["Scene", "open_scene"]
@@ -61,6 +61,21 @@ class Scene:
         rows, columns = (-(-side_px // size) * size for size in (height, width))
         side = min(side_px, self.height) * min(side_px, self.width)
         return float(min(rows, self.height) * min(columns, self.width) / side)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a map takes from the scene besides its pixels, as JSON: place, no-data, files of a VRT.
+
+        The place and no-data may stand in files beside it (``.tfw``, ``.aux.xml``).
+        """
+        files = all_sources(self.path) if self._dataset.driver == "VRT" else []
+        status = [(str(file), file.stat()) for file in files if file.exists()]
+        return {
+            "crs": self.crs,
+            "affine": self.affine and list(self.affine),
+            "nodata": [repr(value) for value in self.nodata],
+            "masked": [self._alpha, self._masked],
+            "sources": [[name, found.st_size, found.st_mtime_ns] for name, found in status],
+        }
 
     @property
     def dataset_crs(self) -> Any:

@@ -27,7 +27,7 @@ from rsmtdf_cache.head import load_whole, write_head
 from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
-from rsmtdf_cache.segment import read_segment_commits, write_segment
+from rsmtdf_cache.segment import read_segment_commits, read_segment_stats, write_segment
 from rsmtdf_cache.specs import FeatureKey
 from rsmtdf_cache.upkeep.gc_plan import DRAFT, Doomed, GcPlan, PinHold, plan_of
 from rsmtdf_cache.upkeep.pins import doomed_record, list_pins
@@ -139,7 +139,8 @@ def _compact_without(paths: StorePaths, ledger: Ledger, plan: GcPlan) -> None:
     """Write the segments again without the commits that go; until the old ones are removed both are there."""
     for name in plan.rewritten:
         units = {(c.set_id, c.group, c.generation) for c in read_segment_commits(paths.root / name)}
-        kept = [ledger.complete(ledger.generations[s, g][n]) for s, g, n in sorted(units & plan.units)]
+        known = dict(read_segment_stats(paths.root / name))  # of this one alone: those of a large store fill memory
+        kept = [ledger.complete(ledger.generations[s, g][n], known) for s, g, n in sorted(units & plan.units)]
         if kept:
             write_segment(paths.segments, kept)
 

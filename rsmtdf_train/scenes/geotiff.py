@@ -170,10 +170,14 @@ def _finish_draft(layer: Layer, expected: int, grid: Grid, cog: bool) -> None:
             made = layer.draft.with_suffix(".cog")
             made.unlink(missing_ok=True)
             resampling = "MODE" if layer.kind == "classes" else "AVERAGE"
-            copy(
-                layer.draft, made, driver="COG", COMPRESS="DEFLATE", BLOCKSIZE=BLOCK_PX, BIGTIFF="IF_SAFER",
-                OVERVIEW_RESAMPLING=resampling, strict=False,
-            )  # fmt: skip
+            try:
+                copy(
+                    layer.draft, made, driver="COG", COMPRESS="DEFLATE", BLOCKSIZE=BLOCK_PX, BIGTIFF="IF_SAFER",
+                    OVERVIEW_RESAMPLING=resampling, strict=False,
+                )  # fmt: skip
+            except Exception as error:  # rasterio lets errors of GDAL through here, which have no public class
+                made.unlink(missing_ok=True)
+                raise _cannot_write(layer.out, error) from None
             made.replace(layer.draft)
         found = _checksum(layer.draft, grid)
     except RasterioError as error:

@@ -130,11 +130,11 @@ def scene_grid(
 def map_state(segmenter: WindowSegmenter, request: MapRequest, scene: Scene, plan: MapPlan) -> dict[str, Any]:
     """Return all that decides the bytes of a map, as JSON: what a stopped run has to agree with."""
     return {
-        "format": 1,
+        "format": 2,
         "student": segmenter.digest,
         "scene": {
             "name": scene.path.name, "nbytes": scene.nbytes, "mtime_ns": scene.mtime_ns,
-            "width": scene.width, "height": scene.height,
+            "width": scene.width, "height": scene.height, **scene.facts(),
         },
         "bands": list(scene.bands),
         "scale": [list(pair) for pair in scene.scale],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import torch
 from numpy.typing import NDArray
 from rasterio.enums import ColorInterp
 
-from rsmtdf_cache.errors import DataError, UsageError
+from rsmtdf_cache.errors import DataError, ResourceError, UsageError
 from rsmtdf_cache.rasters.gdal import gdal_settings
 from rsmtdf_cache.rasters.scaling import EIGHT_BIT
 from rsmtdf_cache.rasters.scene import open_scene
@@ -241,6 +243,56 @@ def test_what_is_there_is_made_once_and_never_replaced_by_something_else(tmp_pat
         made(segmenter, scene, "s.tif")
     assert (tmp_path / "map.tif").read_bytes() == before
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_map_is_of_the_place_and_the_sources_that_its_scene_had(tmp_path: Path) -> None:
+    """They may stand in other files: a scene that was placed since, or whose mosaic was renewed, is another one."""
+    segmenter = local_segmenter()
+    scene = write_scene(tmp_path / "s.tif", blobs(40, 40))
+    mosaic = tmp_path / "m.vrt"
+    mosaic.write_text(
+        f"""<VRTDataset rasterXSize="40" rasterYSize="40">{
+            "".join(
+                f'<VRTRasterBand dataType="Byte" band="{n}"><SimpleSource>'
+                f'<SourceFilename relativeToVRT="1">{scene.name}'
+                f"</SourceFilename><SourceBand>{n}</SourceBand></SimpleSource></VRTRasterBand>"
+                for n in (1, 2, 3)
+            )
+        }</VRTDataset>"""
+    )
+    outer = tmp_path / "outer.vrt"
+    outer.write_text(mosaic.read_text().replace(scene.name, mosaic.name))
+    for path in (mosaic, outer):
+        assert made(segmenter, path, f"{path.stem}.tif").made and not made(segmenter, path, f"{path.stem}.tif").made
+    os.utime(scene, ns=(0, 0))
+    for path in (mosaic, outer):
+        with pytest.raises(UsageError, match="is not this map"):
+            made(segmenter, path, f"{path.stem}.tif")
+    bare = tmp_path / "bare.tif"
+    with rasterio.open(scene) as dataset:
+        profile = {**dataset.profile, "crs": None, "transform": None}
+        with rasterio.open(bare, "w", **profile) as copy:
+            copy.write(dataset.read())
+    assert made(segmenter, bare, "of_bare.tif").crs is None
+    (tmp_path / "bare.tfw").write_text("2\n0\n0\n-2\n500001\n5399999\n")
+    with pytest.raises(UsageError, match="is not this map"):
+        made(segmenter, bare, "of_bare.tif")
+
+
+def test_a_cog_without_room_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GDAL's own errors come out of rasterio's copy; pieces stay."""
+    segmenter, whole = local_segmenter(), rasterio.shutil.copy
+    scene = write_scene(tmp_path / "s.tif", blobs(40, 40))
+
+    def copy(source: Path, target: Path, **more: Any) -> None:
+        whole(source, tmp_path / "no" / "folder" / target.name, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rasterio.shutil.copy", copy)
+        with pytest.raises(ResourceError, match=r"map .*map\.tif: cannot be written"):
+            made(segmenter, scene, cog=True)
+    assert not (tmp_path / "map.tif").exists()
+    assert made(segmenter, scene, cog=True).made
 
 
 def test_a_damaged_piece_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
