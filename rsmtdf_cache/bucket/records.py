@@ -9,6 +9,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 
 from rsmtdf_cache.bucket import steps
 from rsmtdf_cache.errors import MismatchError, ResourceError
@@ -18,16 +19,7 @@ from rsmtdf_cache.layout import StorePaths
 from rsmtdf_cache.ledger import Ledger
 from rsmtdf_cache.manifest import load_manifest
 from rsmtdf_cache.share.checks import check_ledger
-from rsmtdf_cache.share.names import (
-    DROPPED,
-    HEAD,
-    LEASE,
-    MANIFEST,
-    QUARANTINE,
-    checked_name,
-    is_metadata,
-    safe_place,
-)
+from rsmtdf_cache.share.names import HEAD, MANIFEST, checked_name, is_replaced, safe_place
 from rsmtdf_cache.share.staged import read_remote_head, stage_records
 from rsmtdf_cache.share.transport import Transport
 
@@ -95,23 +87,21 @@ class RemoteRecords:
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(bring, names))
-        self._leave_doubles(known)
+        self._leave_doubles({PurePosixPath(n).stem for n in names if n.startswith("ledger/sets/")})
         for path in record_files(self._paths):
             name = self._paths.relative(path)
-            if name not in (DROPPED, QUARANTINE):  # made here, or not brought: only the head says that they are there
+            if not is_replaced(name):  # made here, or not brought: only the head says that they are there
                 self._there.setdefault(name, sha256_file(path))
 
-    def _leave_doubles(self, listed: set[str]) -> None:
+    def _leave_doubles(self, unlisted: set[str]) -> None:
         """Leave unlisted sets alone that have an array which a listed one has: of a push that was stopped, and late."""
-        if not self._paths.manifest.is_file():
+        if not unlisted or not self._paths.manifest.is_file():
             return
         ledger = Ledger.load(self._paths)
-        places = {name: self._paths.array_set(name) for name in ledger.sets}
-        known = {name for name, place in places.items() if self._paths.relative(place) in listed}
-        taken = {spec.key for name in known for spec in ledger.live(name)}
-        for name in ledger.sets.keys() - known:
+        taken = {spec.key for name in ledger.sets.keys() - unlisted for spec in ledger.live(name)}
+        for name in ledger.sets.keys() & unlisted:
             if taken & {spec.key for spec in ledger.sets[name].arrays.specs}:
-                places[name].unlink()
+                self._paths.array_set(name).unlink()
                 shutil.rmtree(self._paths.ledger / "commits" / name, ignore_errors=True)
 
     def add(self, name: str, data: bytes, same: Callable[[bytes], bool]) -> None:
@@ -150,7 +140,7 @@ class RemoteRecords:
 
     def _put(self, name: str) -> None:
         data = (self._paths.root / name).read_bytes()
-        if is_metadata(name) or name in (DROPPED, QUARANTINE):
+        if is_replaced(name):
             self._transport.put(name, data, absent=False)
             return
         if self._transport.put(name, data) or self._transport.get(name, 2 * len(data) + 2**16) == data:
@@ -188,9 +178,7 @@ def _rank(name: str) -> tuple[int, bool]:
 
 def _is_lasting(name: str) -> bool:
     """Whether ``name`` is a record that never changes and says of itself what it is. Segments repeat commits."""
-    if name in (HEAD, LEASE, DROPPED, QUARANTINE) or not name.startswith((*_ORDER[1:4], "ledger/commits/")):
-        return False
-    return checked_name(name) == name
+    return name.startswith((*_ORDER[1:4], "ledger/commits/")) and checked_name(name) == name
 
 
 def _has_its_file(name: str, listed: Mapping[str, int]) -> bool:

@@ -15,6 +15,7 @@ __all__ = [
     "QUARANTINE",
     "checked_name",
     "is_metadata",
+    "is_replaced",
     "is_shard",
     "safe_place",
 ]
@@ -61,6 +62,11 @@ def checked_name(name: object) -> str:
 def is_shard(name: str) -> bool:
     """Whether ``name`` is a shard, of features or of scales."""
     return _SHARD.fullmatch(name) is not None
+
+
+def is_replaced(name: str) -> bool:
+    """Whether ``name`` changes in place: zarr metadata, dropped arrays, tiles left out. All else is put once."""
+    return is_metadata(name) or name in (DROPPED, QUARANTINE)
 
 
 def is_metadata(name: str) -> bool:

@@ -27,6 +27,7 @@ from rsmtdf_cache.share.names import (
     QUARANTINE,
     checked_name,
     is_metadata,
+    is_replaced,
     is_shard,
     safe_place,
 )
@@ -104,7 +105,7 @@ def is_whole(root: Path, raw: bytes) -> bool:
         if paths.head.read_bytes() != raw or (paths.dropped.is_file() and not read_json(paths.dropped)):
             return False
         for name, (nbytes, digest) in read_head(paths).files.items():
-            if is_metadata(name) or name in (QUARANTINE, DROPPED):
+            if is_replaced(name):
                 continue
             place = root / checked_name(name)
             if place.stat().st_size != nbytes or sha256_file(place) != digest:
